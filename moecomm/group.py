@@ -1,0 +1,64 @@
+"""Whatever names a group of ranks -> its name and its size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from moecomm.errors import wrong_type, wrong_value
+
+GroupLike: TypeAlias = dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, int] | str | None
+"""What every function of moecomm takes as ``group``: None is the default group, or this process alone where none is initialised."""
+
+
+class Group(NamedTuple):
+    """A group of ranks, as the ops take it: rank numbers are looked up where the op runs and never enter a graph."""
+
+    name: str  # "" is this process alone
+    size: int
+
+
+ALONE = Group("", 1)
+
+
+def resolve_group(group: GroupLike) -> Group:
+    """The name and size of ``group``.
+
+    Raises TypeError for what names no group, ValueError for a mesh of several dims, and for a group this rank is not in.
+    """
+    if group is None:
+        return _named(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else ALONE
+    if isinstance(group, str):
+        return _named(_lookup(group)) if group else ALONE
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            wrong_value("group", f"a DeviceMesh of {group.ndim} dims", 'a 1-D DeviceMesh, such as mesh["ep"], or (mesh, dim)')
+        return _named(group.get_group())
+    if isinstance(group, tuple):
+        if len(group) != 2 or not isinstance(group[0], DeviceMesh) or not isinstance(group[1], int):
+            wrong_type("group", f"a tuple {group}", "(DeviceMesh, int)")
+        return _named(group[0].get_group(group[1]))
+    if isinstance(group, dist.ProcessGroup):
+        return _named(group)
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        wrong_value("group", "a group that this rank is not in", "a group that contains the calling rank")
+    wrong_type("group", type(group).__name__, "a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name or None")
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The ProcessGroup of a name that `resolve_group` gave; for ops, at run time."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def _lookup(name: str) -> dist.ProcessGroup:
+    try:
+        return process_group(name)
+    except RuntimeError:
+        wrong_value("group", repr(name), "the name of an initialised process group that contains the calling rank")
+
+
+def _named(group: dist.ProcessGroup) -> Group:
+    return Group(group.group_name, group.size())

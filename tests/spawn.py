@@ -1,0 +1,131 @@
+"""Real gloo ranks for the tests: a pool of processes a world size, started once and used by every case.
+
+`run_ranks(fn, ranks, *args)` calls the module-level function ``fn(*args)`` on each rank, in an initialised process group, and
+returns what each gave. A rank that raises, dies or hangs fails the call with that rank's traceback and ends the pool; the
+next call starts a new one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import multiprocessing as mp
+import os
+import pickle
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+GRACE = 3.0  # seconds that the other ranks get to report, once one has failed
+
+
+class RankFailed(AssertionError):
+    """One or more ranks raised, died or hung."""
+
+
+def run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """What ``fn(*args)`` gave on each of ``ranks`` ranks; RankFailed, with the tracebacks, where it gave none."""
+    pool = _pools.get(ranks) or _pools.setdefault(ranks, Pool(ranks))
+    try:
+        return pool.run(fn, args, timeout)
+    except RankFailed:
+        _pools.pop(ranks).kill()
+        raise
+
+
+class Pool:
+    """``ranks`` processes in one gloo group, each serving calls from its pipe."""
+
+    def __init__(self, ranks: int) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        self.stacks = [tempfile.NamedTemporaryFile(suffix=f".rank{rank}") for rank in range(ranks)]
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, ranks, port, theirs, self.stacks[rank].name), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        call = pickle.dumps((fn, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(call)
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failures) < len(self.pipes):
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in results and rank not in failures}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                for rank in waiting.values():
+                    failures[rank] = f"no answer\n{self._stack(rank)}"
+                break
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    ok, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    self.processes[rank].join(1)
+                    ok, value = False, f"died with exit code {self.processes[rank].exitcode}"
+                (results if ok else failures)[rank] = value
+                if not ok:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if failures:
+            first = sorted(failures.items(), key=lambda item: item[1].startswith("no answer"))
+            raise RankFailed("\n".join(f"rank {rank}: {text}" for rank, text in first))
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def _stack(self, rank: int) -> str:
+        """Where a hung rank stands now."""
+        os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        with open(self.stacks[rank].name) as stack:
+            return stack.read()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join(5)
+
+
+def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    stack_file = open(stack, "w")  # noqa: SIM115 - faulthandler needs it for the life of the process
+    faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", timeout=timedelta(seconds=50))
+    while True:
+        try:
+            fn, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)  # the parent is gone
+        try:
+            answer = pickle.dumps((True, fn(*args)))
+        except Exception:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
+_pools: dict[int, Pool] = {}
+
+
+@atexit.register
+def _end_pools() -> None:
+    for pool in _pools.values():
+        pool.kill()
