@@ -1,0 +1,87 @@
+"""received[sum of splits[1, :q] ...] = what rank q gathered for me: rows x[order[s] // K] one way (S -> R), weighted sums of rows the other (R -> S).
+
+Costs (token, rank) pairs x D elements on the wire, each way, and one private send buffer of as many: private, because the compiler
+reuses the memory of an op's input while the exchange is still in flight. Every op here returns as soon as the exchange is
+started; `wait` gives the result. `dispatch_exchange` and `combine_exchange` are each other's mirror; `tokens.py` and `slots.py` join them to the backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moecomm.group import process_group
+from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
+from moecomm.ops.library import define
+from moecomm.ops.weighted_sum import weighted_sum_cpu, weighted_sum_triton
+
+DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor splits, SymInt received, str group) -> Tensor"
+COMBINE = (
+    "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor splits, SymInt pairs, str group) -> Tensor"
+)
+RETURN = "return_exchange(Tensor rows, Tensor splits, SymInt pairs, str group) -> Tensor"
+
+
+def start(send: Tensor, size: int, splits: Tensor, direction: int, group: str) -> Tensor:
+    """Start the exchange of the rows of ``send`` and give the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S."""
+    received = send.new_empty(size, *send.shape[1:])
+    if send.shape[1:].numel() == 0:
+        return received  # no bytes on any rank
+    out, into = splits[direction].tolist(), splits[1 - direction].tolist()  # a CPU tensor: no sync
+    work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=process_group(group), async_op=True)
+    torch._C._distributed_c10d._register_work(received, work)
+    return received
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """The rows as bytes: what a backend can send does not depend on their dtype."""
+    return rows.view(rows.shape[0], -1).view(torch.uint8) if rows.shape[0] else rows.new_empty(0, dtype=torch.uint8)
+
+
+def wait(pending: Tensor) -> Tensor:
+    """What a started exchange brought."""
+    return torch.ops._c10d_functional.wait_tensor(pending)
+
+
+def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor, received: int, group: str) -> Tensor:
+    return x.new_empty(received, x.shape[1])
+
+
+def dispatch_cpu(x: Tensor, order: Tensor, k: int, splits: Tensor, received: int, group: str) -> Tensor:
+    return start(gather_rows_cpu(x, order, k), received, splits, 0, group)
+
+
+def dispatch_triton(x: Tensor, order: Tensor, k: int, splits: Tensor, received: int, group: str) -> Tensor:
+    return start(gather_rows_triton(x, order, k), received, splits, 0, group)
+
+
+def combine_fake(
+    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str
+) -> Tensor:
+    return rows.new_empty(pairs, rows.shape[1])
+
+
+def combine_cpu(
+    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str
+) -> Tensor:
+    return start(weighted_sum_cpu(rows, weights, order, position), pairs, splits, 1, group)
+
+
+def combine_triton(
+    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str
+) -> Tensor:
+    return start(weighted_sum_triton(rows, weights, order, position), pairs, splits, 1, group)
+
+
+def return_fake(rows: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
+    return rows.new_empty(pairs, rows.shape[1])
+
+
+def return_rows(rows: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
+    return start(rows.clone(memory_format=torch.contiguous_format), pairs, splits, 1, group)
+
+
+dispatch_exchange = define(DISPATCH, dispatch_fake, dispatch_cpu, dispatch_triton)
+combine_exchange = define(COMBINE, combine_fake, combine_cpu, combine_triton)
+return_exchange = define(RETURN, return_fake, return_rows, return_rows)

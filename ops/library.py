@@ -1,0 +1,46 @@
+"""The torch.library that the ops are defined in, and Triton where the platform has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: CPU tensors never need it
+    triton = tl = None
+
+LIBRARY = torch.library.Library("moecomm", "FRAGMENT")
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """``triton.jit`` where there is Triton; the kernel untouched, and never launched, elsewhere."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def define(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
+    """Define the op ``moecomm::<schema>`` with these implementations and give what calls it."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"moecomm::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.moecomm, name).default
+
+
+def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give an op its backward: ``save(ctx, inputs, output)`` in the forward, then ``backward(ctx, *gradients)``."""
+    torch.library.register_autograd(op.name(), backward, setup_context=save, lib=LIBRARY)
+
+
+def block_of(size: int, most: int) -> int:
+    """The block size for ``size`` elements: a power of two, at least 16 and at most ``most``."""
+    return max(16, min(most, 1 << max(size - 1, 0).bit_length()))
+
+
+def compute_dtype(dtype: torch.dtype) -> Any:
+    """What a kernel accumulates ``dtype`` in: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,0 +1,74 @@
+"""grad_rows[n] = weights[m, j] * grad[m] and grad_weights[m, j] = <grad[m], rows[n]>, for the pair (m, j) = order[n].
+
+Costs one read of rows [N, D], one read of grad's rows N times, one write of N * D; dots accumulate in float32 (float64 for float64).
+It is the backward of `weighted_sum`; it has none of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moecomm.ops.library import block_of, compute_dtype, define, jit, tl
+
+SCHEMA = "weighted_sum_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, Tensor position) -> (Tensor, Tensor)"
+
+
+def backward_fake(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    k = position.shape[1]
+    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    if order.shape[0] == 0 or rows.shape[1] == 0:
+        return rows.new_zeros(rows.shape), grad_weights
+    grad_rows = grad.index_select(0, order if k == 1 else torch.div(order, k, rounding_mode="floor"))  # [N, D]
+    pairs = order.long()
+    accumulate = torch.promote_types(rows.dtype, torch.float32)
+    dots = torch.empty(order.shape[0], dtype=accumulate)
+    factors = weights.flatten().index_select(0, pairs).to(accumulate).unsqueeze(1)  # [N, 1]
+    step = max(1, 2**18 // rows.shape[1])  # rows a step: both operands stay in the cache
+    for start in range(0, order.shape[0], step):
+        part = slice(start, start + step)
+        here = grad_rows[part]
+        torch.sum(here.to(accumulate) * rows[part], 1, out=dots[part])
+        torch.mul(here, factors[part], out=here)
+    grad_weights.view(-1).index_copy_(0, pairs, dots.to(weights.dtype))
+    return grad_rows, grad_weights
+
+
+@jit
+def _backward_kernel(
+    grad, rows, weights, order, grad_rows, grad_weights, d, stride_gm, stride_gd, stride_n, stride_d, stride_m, stride_k,
+    K: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + n).to(tl.int64)
+    present = pair >= 0
+    m = tl.where(present, pair, 0) // K
+    weight = tl.load(weights + m * stride_m + tl.where(present, pair, 0) % K * stride_k).to(ACC)
+    dot = tl.zeros([BLOCK], ACC)
+    for start in range(0, d, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        inside = col < d
+        g = tl.load(grad + m * stride_gm + col * stride_gd, mask=inside & present, other=0).to(ACC)
+        dot += g * tl.load(rows + n * stride_n + col * stride_d, mask=inside, other=0).to(ACC)
+        tl.store(grad_rows + n * d + col, (g * weight).to(grad_rows.dtype.element_ty), mask=inside)
+    if present:
+        tl.store(grad_weights + pair, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty))
+
+
+def backward_triton(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    n, d = rows.shape
+    grad_rows = rows.new_empty(n, d)
+    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    if n and d:
+        _backward_kernel[(n,)](
+            grad, rows, weights, order, grad_rows, grad_weights, d, *grad.stride(), *rows.stride(), *weights.stride(),
+            K=position.shape[1], ACC=compute_dtype(rows.dtype), BLOCK=block_of(d, 1024),
+        )  # fmt: skip
+    return grad_rows, grad_weights
+
+
+weighted_sum_backward = define(SCHEMA, backward_fake, backward_cpu, backward_triton)
