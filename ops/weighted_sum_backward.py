@@ -45,17 +45,18 @@ def _backward_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     pair = tl.load(order + n).to(tl.int64)
-    present = pair >= 0
-    m = tl.where(present, pair, 0) // K
-    weight = tl.load(weights + m * stride_m + tl.where(present, pair, 0) % K * stride_k).to(ACC)
+    first = tl.maximum(pair, 0)  # padding reads no gradient, and so writes zeros
+    m = first // K
+    weight = tl.load(weights + m * stride_m + first % K * stride_k).to(ACC)
+    width = tl.where(pair >= 0, d, 0)
     dot = tl.zeros([BLOCK], ACC)
     for start in range(0, d, BLOCK):
         col = start + tl.arange(0, BLOCK)
         inside = col < d
-        g = tl.load(grad + m * stride_gm + col * stride_gd, mask=inside & present, other=0).to(ACC)
+        g = tl.load(grad + m * stride_gm + col * stride_gd, mask=col < width, other=0).to(ACC)
         dot += g * tl.load(rows + n * stride_n + col * stride_d, mask=inside, other=0).to(ACC)
         tl.store(grad_rows + n * d + col, (g * weight).to(grad_rows.dtype.element_ty), mask=inside)
-    if present:
+    if pair >= 0:
         tl.store(grad_weights + pair, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty))
 
 

@@ -1,0 +1,107 @@
+"""The routing plan: who gets which token, made from the experts that each token chose."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.group import GroupLike, resolve_group
+from moecomm.ops.count import count
+from moecomm.ops.exchange import wait
+from moecomm.ops.sizes import plan_sizes, signature
+from moecomm.ops.slots import exchange_slots
+from moecomm.ops.sort import counting_sort
+
+
+class Plan(NamedTuple):
+    """What `plan` gives and `dispatch` and `combine` follow: tensors, ints and the group's name; a pytree, and nothing else.
+
+    T tokens of this rank, K slots a token, S (token, rank) pairs sent, R pairs received, N rows computed here, L local experts, P ranks.
+    """
+
+    offsets: Tensor  # [L] int32: the rows of local expert e end before row offsets[e]; what grouped_mm calls offs
+    weights: Tensor  # [R, K]: the weights of the received pairs' slots; they carry the gradient home
+    row_order: Tensor  # [N] int32: row n is slot row_order[n] % K of received pair row_order[n] // K
+    row_position: Tensor  # [R, K] int32: the row of each slot, -1 where the slot's expert is elsewhere; the inverse of row_order
+    send_order: Tensor | None  # [S] int32: sent pair s is token send_order[s] // K; None in a group of one
+    send_position: Tensor | None  # [T, K] int32: the sent pair that a slot opens, or -1; the inverse of send_order
+    splits: Tensor | None  # [2, P] int64 on the CPU: pairs to each rank, pairs from each rank
+    tokens: int  # T
+    num_experts: int  # E
+    group: str  # the group's name, "" for a single process
+
+
+def plan(experts: Tensor, weights: Tensor, num_experts: int, group: GroupLike = None, *, like: Tensor | None = None) -> Plan:
+    """Who gets which token: the plan that `dispatch` and `combine` follow.
+
+    Rank p of the group's P holds the experts p * L to (p + 1) * L - 1, where L = num_experts / P. A token travels once to a rank,
+    however many of its experts are there.
+
+    Args:
+        experts: [T, K], of an integer dtype: the expert of each slot, or -1 for a slot that is dropped. An expert may stand in several
+            slots of a token. T may differ from rank to rank and may be 0.
+        weights: [T, K], of a floating dtype: the weight of each slot in the sum that `combine` makes.
+        num_experts: E, the experts on all ranks together; a multiple of P, and at least K.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        like: what will be dispatched, [T, ...]: only its shape and dtype are looked at, so that ranks that disagree on them get
+            an error here and not a broken exchange later.
+
+    Returns a `Plan`. Its ``offsets`` [L] (int32) are the ends of the local experts' rows, as `torch.nn.functional.grouped_mm` takes them.
+
+    Costs one small exchange, the one host sync of a layer, and one exchange of K weights and K narrow ids a (token, rank) pair.
+
+    Backward: from the plan's weights to ``weights``, in one exchange.
+
+    Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent; `MoECommError`, alike on
+    every rank, where the ranks differ in K, E, a dtype or ``like``; `ExpertIdError` (a ValueError as well), alike on every rank, where an
+    id is outside [-1, E) on any of them.
+
+    >>> experts = torch.tensor([[2, 0], [2, -1], [1, 2]])
+    >>> a_plan = plan(experts, torch.ones(3, 2), num_experts=3)
+    >>> a_plan.offsets  # expert 0 has row 0, expert 1 row 1, expert 2 rows 2 to 4
+    tensor([1, 2, 5], dtype=torch.int32)
+    >>> dispatch(torch.tensor([10.0, 11.0, 12.0]), a_plan)
+    tensor([10., 12., 10., 11., 12.])
+    """
+    ranks = resolve_group(group)
+    _check(experts, weights, num_experts, ranks.size, like)
+    local = num_experts // ranks.size
+    keys, sent = count(experts, num_experts, ranks.size, signature(experts, weights, num_experts, like))  # [T, K], [P, 4 + signature]
+    tokens, k = experts.shape
+    if ranks.size == 1:
+        _, _, n, _ = plan_sizes(sent, sent)
+        row_order, row_position, offsets = counting_sort(experts, local, n)
+        return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, ranks.name)
+
+    pairs = [1] * ranks.size
+    received = wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, ranks.name))
+    s, r, n, splits = plan_sizes(sent, received)
+    send_order, send_position, _ = counting_sort(keys, ranks.size, s)
+    there, ids = exchange_slots(weights, experts, keys, send_order, send_position, local, splits, r, ranks.name)  # [R, K] each
+    row_order, row_position, offsets = counting_sort(ids, local, n)
+    return Plan(offsets, there, row_order, row_position, send_order, send_position, splits, tokens, num_experts, ranks.name)
+
+
+def _check(experts: Tensor, weights: Tensor, num_experts: int, ranks: int, like: Tensor | None) -> None:
+    check_tensor("experts", experts, "[T, K]", dims=2)
+    if experts.dtype.is_floating_point or experts.dtype.is_complex or experts.dtype == torch.bool:
+        wrong_type("experts", f"of dtype {experts.dtype}", "of an integer dtype")
+    check_tensor("weights", weights, "[T, K]", dims=2)
+    check_floating("weights", weights)
+    if weights.shape != experts.shape:
+        wrong_value("weights", f"of shape {list(weights.shape)}", f"of experts' shape {list(experts.shape)}")
+    if weights.device != experts.device:
+        wrong_value("weights", f"on {weights.device}", f"on experts' device, {experts.device}")
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+        wrong_type("num_experts", type(num_experts).__name__, "an int")
+    if num_experts < 1 or num_experts % ranks:
+        wrong_value("num_experts", num_experts, f"a positive multiple of the group's {ranks} ranks")
+    if not 1 <= experts.shape[1] <= num_experts:
+        wrong_value("experts", f"of shape {list(experts.shape)}, K = {experts.shape[1]}", f"of 1 <= K <= num_experts = {num_experts}")
+    if like is not None:
+        check_tensor("like", like, "[T, ...]")
+        if like.dim() == 0 or like.shape[0] != experts.shape[0]:
+            wrong_value("like", f"of shape {list(like.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")

@@ -1,0 +1,104 @@
+"""dispatch and combine: tokens to their experts and back."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_map
+
+from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.ops import tokens as ops
+from moecomm.ops.gather import gather
+from moecomm.ops.weighted_sum import weighted_sum
+from moecomm.plan import Plan
+
+Tree = TypeVar("Tree")
+
+
+def dispatch(x: Tree, plan: Plan) -> Tree:
+    """The tokens of all ranks that chose an expert of this rank, a row for each slot, grouped by local expert.
+
+    Args:
+        x: [T, ...], or a pytree of such tensors, of any dtypes: this rank's tokens, and what belongs to them.
+        plan: of these tokens.
+
+    Returns [N, ...] for each tensor, of its dtype: the rows of local expert e are ``rows[offsets[e - 1]:offsets[e]]``, in the
+    order of the source rank, then of the token. Each tensor is one exchange.
+
+    Backward: the unweighted combine: the gradient of a token is the sum of the gradients of its rows, in one exchange.
+
+    Raises TypeError where ``x`` holds no tensor or ``plan`` is no `Plan`, ValueError where ``x`` is not of the plan's T tokens or not on its device.
+
+    >>> a_plan = plan(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), num_experts=2)
+    >>> dispatch({"x": torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]]), "position": torch.arange(3)}, a_plan)
+    {'x': tensor([[2.0000, 2.5000],
+            [1.0000, 1.5000],
+            [3.0000, 3.5000]]), 'position': tensor([1, 0, 2])}
+    """
+    _check_plan(plan)
+    return tree_map(lambda leaf: _dispatch(leaf, plan), x)
+
+
+def combine(rows: Tree, plan: Plan) -> Tree:
+    """The experts' rows back at their tokens' ranks: each token's sum over its slots, weighted by the plan's weights.
+
+    ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped; zeros for a token without any. The sum over
+    the experts of one rank is made there, and then the sum over the ranks in the order of the token's slots; in float32 (float64 for float64), rounded to the rows' dtype after each of the two.
+
+    Args:
+        rows: [N, ...], or a pytree of such tensors, of floating dtypes: for each row that `dispatch` gave, what its expert made of it.
+        plan: the plan that the rows were dispatched with.
+
+    Returns [T, ...] for each tensor, of its dtype. Each tensor is one exchange.
+
+    Backward: to the rows, the dispatch of the gradient, weighted; to the plan's weights, the dot product of the gradient and the row. One exchange.
+
+    Raises TypeError where ``rows`` holds no tensor or none of a floating dtype, or ``plan`` is no `Plan`; ValueError where ``rows`` has not the plan's N rows or is not on its device.
+
+    >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
+    >>> a_plan = plan(torch.tensor([[0, 1], [1, -1]]), weights, num_experts=2)
+    >>> combine(dispatch(torch.tensor([[4.0], [8.0]]), a_plan), a_plan)
+    tensor([[3.],
+            [8.]])
+    """
+    _check_plan(plan)
+    return tree_map(lambda leaf: _combine(leaf, plan), rows)
+
+
+def _dispatch(x: Tensor, plan: Plan) -> Tensor:
+    _check_leaf("x", x, plan, plan.tokens, "T")
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
+    if plan.send_order is None or plan.send_position is None or plan.splits is None:
+        rows = gather(flat, plan.row_order, plan.row_position)
+    else:
+        indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
+        rows = ops.dispatch(flat, *indices, plan.group)  # [N, D]
+    return rows.reshape(rows.shape[0], *x.shape[1:])
+
+
+def _combine(rows: Tensor, plan: Plan) -> Tensor:
+    _check_leaf("rows", rows, plan, plan.row_order.shape[0], "N")
+    check_floating("rows", rows)
+    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
+    if plan.send_order is None or plan.send_position is None or plan.splits is None:
+        y = weighted_sum(flat, plan.weights, plan.row_order, plan.row_position)
+    else:
+        indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
+        y = ops.combine(flat, plan.weights, *indices, plan.group)  # [T, D]
+    return y.reshape(y.shape[0], *rows.shape[1:])
+
+
+def _check_plan(plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
+
+
+def _check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str) -> None:
+    check_tensor(argument, value, f"[{symbol}, ...], or a pytree of them")
+    if value.dim() == 0 or statically_known_true(value.shape[0] != size):
+        wrong_value(argument, f"of shape {list(value.shape)}", f"of shape [{size}, ...], the plan's {symbol} = {size}: is it another's plan?")
+    if value.device != plan.row_order.device:
+        wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}")
