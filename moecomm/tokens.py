@@ -30,7 +30,8 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
 
     Backward: the unweighted combine: the gradient of a token is the sum of the gradients of its rows, in one exchange.
 
-    Raises TypeError where ``x`` holds no tensor or ``plan`` is no `Plan`, ValueError where ``x`` is not of the plan's T tokens or not on its device.
+    Raises TypeError where ``x`` holds no tensor or ``plan`` is no `Plan`, ValueError where ``x`` is not of the plan's T tokens or not
+    on its device.
 
     >>> a_plan = plan(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), num_experts=2)
     >>> dispatch({"x": torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]]), "position": torch.arange(3)}, a_plan)
@@ -45,8 +46,9 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
 def combine(rows: Tree, plan: Plan) -> Tree:
     """The experts' rows back at their tokens' ranks: each token's sum over its slots, weighted by the plan's weights.
 
-    ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped; zeros for a token without any. The sum over
-    the experts of one rank is made there, and then the sum over the ranks in the order of the token's slots; in float32 (float64 for float64), rounded to the rows' dtype after each of the two.
+    ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped; zeros for a token without any. The
+    sum over the experts of one rank is made there, and then the sum over the ranks in the order of the token's slots; in float32
+    (float64 for float64), rounded to the rows' dtype after each of the two.
 
     Args:
         rows: [N, ...], or a pytree of such tensors, of floating dtypes: for each row that `dispatch` gave, what its expert made of it.
@@ -54,9 +56,11 @@ def combine(rows: Tree, plan: Plan) -> Tree:
 
     Returns [T, ...] for each tensor, of its dtype. Each tensor is one exchange.
 
-    Backward: to the rows, the dispatch of the gradient, weighted; to the plan's weights, the dot product of the gradient and the row. One exchange.
+    Backward: to the rows, the dispatch of the gradient, weighted; to the plan's weights, the dot product of the gradient and the row.
+    One exchange.
 
-    Raises TypeError where ``rows`` holds no tensor or none of a floating dtype, or ``plan`` is no `Plan`; ValueError where ``rows`` has not the plan's N rows or is not on its device.
+    Raises TypeError where ``rows`` holds no tensor or none of a floating dtype, or ``plan`` is no `Plan`; ValueError where ``rows`` has
+    not the plan's N rows or is not on its device.
 
     >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
     >>> a_plan = plan(torch.tensor([[0, 1], [1, -1]]), weights, num_experts=2)
@@ -99,6 +103,6 @@ def _check_plan(plan: Plan) -> None:
 def _check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str) -> None:
     check_tensor(argument, value, f"[{symbol}, ...], or a pytree of them")
     if value.dim() == 0 or statically_known_true(value.shape[0] != size):
-        wrong_value(argument, f"of shape {list(value.shape)}", f"of shape [{size}, ...], the plan's {symbol} = {size}: is it another's plan?")
+        wrong_value(argument, f"of shape {list(value.shape)}", f"of shape [{size}, ...], the plan's {symbol} = {size}")
     if value.device != plan.row_order.device:
         wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}")

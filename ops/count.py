@@ -1,4 +1,4 @@
-"""keys[t, j] = rank of experts[t, j] where slot j is token t's first for that rank, else -1; message[p] = (pairs, slots, ids, signature) for rank p.
+"""keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, signature) for p.
 
 Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 4 + signature] numbers, whatever E is.
 Integers only: no backward.

@@ -1,8 +1,9 @@
-"""received[sum of splits[1, :q] ...] = what rank q gathered for me: rows x[order[s] // K] one way (S -> R), weighted sums of rows the other (R -> S).
+"""received = what each rank gathered for me, in their order: rows x[order[s] // K] one way (S -> R), weighted sums of rows back (R -> S).
 
 Costs (token, rank) pairs x D elements on the wire, each way, and one private send buffer of as many: private, because the compiler
-reuses the memory of an op's input while the exchange is still in flight. Every op here returns as soon as the exchange is
-started; `wait` gives the result. `dispatch_exchange` and `combine_exchange` are each other's mirror; `tokens.py` and `slots.py` join them to the backward.
+reuses the memory of an op's input while the exchange is still in flight. Every op here returns as soon as the exchange is started;
+`wait` gives the result. `dispatch_exchange` and `combine_exchange` are each other's mirror; `tokens.py` and `slots.py` join them to the
+backward.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from moecomm.ops.library import define
 from moecomm.ops.weighted_sum import weighted_sum_cpu, weighted_sum_triton
 
 DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor splits, SymInt received, str group) -> Tensor"
-COMBINE = (
-    "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor splits, SymInt pairs, str group) -> Tensor"
-)
+COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor splits, SymInt pairs, str group) -> Tensor"
 RETURN = "return_exchange(Tensor rows, Tensor splits, SymInt pairs, str group) -> Tensor"
 
 
 def start(send: Tensor, size: int, splits: Tensor, direction: int, group: str) -> Tensor:
-    """Start the exchange of the rows of ``send`` and give the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S."""
+    """Start the exchange of the rows of ``send``: the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S."""
     received = send.new_empty(size, *send.shape[1:])
     if send.shape[1:].numel() == 0:
         return received  # no bytes on any rank
@@ -56,21 +55,15 @@ def dispatch_triton(x: Tensor, order: Tensor, k: int, splits: Tensor, received: 
     return start(gather_rows_triton(x, order, k), received, splits, 0, group)
 
 
-def combine_fake(
-    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str
-) -> Tensor:
+def combine_fake(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
     return rows.new_empty(pairs, rows.shape[1])
 
 
-def combine_cpu(
-    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str
-) -> Tensor:
+def combine_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
     return start(weighted_sum_cpu(rows, weights, order, position), pairs, splits, 1, group)
 
 
-def combine_triton(
-    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str
-) -> Tensor:
+def combine_triton(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
     return start(weighted_sum_triton(rows, weights, order, position), pairs, splits, 1, group)
 
 

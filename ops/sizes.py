@@ -1,4 +1,4 @@
-"""(S, R, N, splits) = the sums of the messages' pairs and slots; splits[0] = pairs to each rank, splits[1] = pairs from each rank, on the CPU.
+"""(S, R, N, splits) = the sums of the messages' pairs and slots; splits[0] = pairs to each rank, splits[1] = pairs from each, on the CPU.
 
 The one place that reads from the device: one copy of 2 * P short messages, whatever T and E are. It raises, alike on every rank, where the
 ranks' signatures differ or an expert id is out of range. Integers only: no backward.

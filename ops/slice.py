@@ -1,8 +1,8 @@
 """slice_scatter: piece = x's chunk of this rank along dim. slice_gather: whole[chunk of rank p] = piece of rank p, for all p.
 
-Chunks are torch.chunk's, and so DTensor's Shard: ceil(size / P) long, the last ranks shorter or empty. slice_scatter copies size / P and sends
-nothing; slice_gather sends the piece to all ranks. The two are each other's backward; with reduce, slice_gather's backward is slice_reduce:
-piece[i] = sum over ranks p of p's whole[i], in the order of the ranks, in float32 for lower precisions.
+Chunks are torch.chunk's, and so DTensor's Shard: ceil(size / P) long, the last ranks shorter or empty. slice_scatter copies size / P and
+sends nothing; slice_gather sends the piece to all ranks. The two are each other's backward; with reduce, slice_gather's backward is
+slice_reduce: piece[i] = sum over ranks p of p's whole[i], in the order of the ranks, in float32 for lower precisions.
 """
 
 from __future__ import annotations

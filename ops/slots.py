@@ -1,4 +1,4 @@
-"""(ids, weights)[r] = what travels beside a received row: the local expert of each of its token's K slots, -1 where it lives elsewhere, and its weight.
+"""(ids, weights)[r] = what travels beside a received row: its token's K slots' local experts, -1 where one lives elsewhere, and weights.
 
 Costs K * (weight + 1, 2 or 4 bytes of id) bytes a (token, rank) pair, in one message.
 Its backward sends the gradient of the weights home, [R, K] -> [S, K], and adds up each token's pairs: `weighted_sum` without weights.
@@ -15,7 +15,10 @@ from moecomm.ops.exchange import return_exchange, start, wait
 from moecomm.ops.library import LIBRARY, define
 from moecomm.ops.weighted_sum import weighted_sum
 
-SEND = "slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, Tensor splits, SymInt received, str group) -> Tensor"
+SEND = (
+    "slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, Tensor splits, SymInt received, str group) "
+    "-> Tensor"
+)
 UNPACK = "unpack_slots(Tensor message, int k, int local, ScalarType dtype) -> (Tensor, Tensor)"
 SLOTS = (
     "exchange_slots(Tensor weights, Tensor experts, Tensor keys, Tensor order, Tensor position, int local, Tensor splits, "
@@ -38,9 +41,7 @@ def send_fake(
     return weights.new_empty(received, _width(experts.shape[1], local, weights.dtype), dtype=torch.uint8)
 
 
-def send(
-    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor, received: int, group: str
-) -> Tensor:
+def send(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor, received: int, group: str) -> Tensor:
     k = experts.shape[1]
     token = torch.div(order, k, rounding_mode="floor")
     first = keys.flatten().index_select(0, order).unsqueeze(1) * local  # [S, 1] the first expert of the rank it goes to

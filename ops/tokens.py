@@ -1,4 +1,4 @@
-"""dispatch: rows[n] = x[t], and combine: y[t] = sum over the rows n of token t of weights[n] * rows[n], for tokens that live on other ranks.
+"""dispatch: rows[n] = x[t], and combine: y[t] = sum over t's rows n of weights[n] * rows[n], for tokens that live on other ranks.
 
 Costs (token, rank) pairs x D elements on the wire for each, once forward and once backward, and a read and a write of S, R and N rows.
 Each is the other's mirror, up to the weights: dispatch's backward is the unweighted combine, combine's the dispatch of the gradient.

@@ -49,7 +49,7 @@ class Pool:
             port = probe.getsockname()[1]
         self.pipes: list[Connection] = []
         self.processes = []
-        self.stacks = [tempfile.NamedTemporaryFile(suffix=f".rank{rank}") for rank in range(ranks)]
+        self.stacks = [tempfile.NamedTemporaryFile(suffix=f".rank{rank}") for rank in range(ranks)]  # noqa: SIM115 - as long-lived as the pool
         for rank in range(ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, ranks, port, theirs, self.stacks[rank].name), daemon=True)

@@ -1,0 +1,17 @@
+"""What every test and every doctest starts from."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before moecomm is imported
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, object]) -> None:
+    """The examples in moecomm's docstrings take torch and moecomm's own functions as known."""
+    import moecomm.functional as mf
+
+    doctest_namespace.update({"torch": torch, "mf": mf}, **{name: getattr(mf, name) for name in mf.__all__})
