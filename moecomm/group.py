@@ -30,7 +30,7 @@ def resolve_group(group: GroupLike) -> Group:
     Raises TypeError for what names no group, ValueError for a mesh of several dims, and for a group this rank is not in.
     """
     if group is None:
-        return _named(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else ALONE
+        return _named(dist.group.WORLD) if dist.is_available() and dist.group.WORLD is not None else ALONE
     if isinstance(group, str):
         return _named(_lookup(group)) if group else ALONE
     if isinstance(group, DeviceMesh):
@@ -50,7 +50,7 @@ def resolve_group(group: GroupLike) -> Group:
 
 def process_group(name: str) -> dist.ProcessGroup:
     """The ProcessGroup of a name that `resolve_group` gave; for ops, at run time."""
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _lookup(name: str) -> dist.ProcessGroup:

@@ -19,7 +19,7 @@ SCHEMA = "plan_sizes(Tensor sent, Tensor received) -> (SymInt, SymInt, SymInt, T
 SIGNED = ("k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype")  # what a signature's numbers mean
 
 
-def sizes_fake(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor]:
+def sizes_fake(sent: Tensor, received: Tensor) -> tuple[torch.SymInt, torch.SymInt, torch.SymInt, Tensor]:
     context = torch.library.get_ctx()
     splits = torch.empty(2, sent.shape[0], dtype=torch.int64, device="cpu")
     return context.new_dynamic_size(), context.new_dynamic_size(), context.new_dynamic_size(), splits

@@ -37,10 +37,14 @@ def chunk_bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
 
 def take_slice_fake(x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
     size = x.shape[dim]
-    if length is None:
-        even = statically_known_true(size % ranks == 0)
-        length = size // ranks if even else torch.library.get_ctx().new_dynamic_size()
-    return x.new_empty(*x.shape[:dim], length, *x.shape[dim + 1 :])
+    own: int | torch.SymInt
+    if length is not None:
+        own = length
+    elif statically_known_true(size % ranks == 0):
+        own = size // ranks
+    else:
+        own = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(*x.shape[:dim], own, *x.shape[dim + 1 :])
 
 
 def take_slice_here(x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
