@@ -32,7 +32,7 @@ def resolve_group(group: GroupLike) -> Group:
     if group is None:
         return _named(dist.group.WORLD) if dist.is_available() and dist.group.WORLD is not None else ALONE
     if isinstance(group, str):
-        return _named(_lookup(group)) if group else ALONE
+        return Group(group, _size_by_name(group)) if group else ALONE
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             wrong_value("group", f"a DeviceMesh of {group.ndim} dims", 'a 1-D DeviceMesh, such as mesh["ep"], or (mesh, dim)')
@@ -53,9 +53,11 @@ def process_group(name: str) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def _lookup(name: str) -> dist.ProcessGroup:
+@torch.compiler.assume_constant_result
+def _size_by_name(name: str) -> int:
+    """Traced as a constant: Dynamo cannot look into the registry of names, and a name's size does not change."""
     try:
-        return process_group(name)
+        return process_group(name).size()
     except RuntimeError:
         wrong_value("group", repr(name), "the name of an initialised process group that contains the calling rank")
 
