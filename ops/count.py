@@ -36,10 +36,17 @@ def count_cpu(experts: Tensor, num_experts: int, ranks: int, signature: Sequence
         same = rank.unsqueeze(2) == rank.unsqueeze(1)  # [T, K, K]
         keys = torch.where(same.tril_(-1).any(2), -1, rank)
         pairs = torch.bincount(keys.flatten() + 1, minlength=ranks + 1)[1:]
-    message = torch.tensor([[0, 0, lowest, highest, *signature]]).repeat(ranks, 1)
+    message = torch.tensor([[0, 0, lowest, highest, *signature]], device=experts.device).repeat(ranks, 1)
     message[:, PAIRS] = pairs
     message[:, SLOTS] = slots
     return keys, message
+
+
+@jit
+def _header_kernel(message, width, header):
+    row = message + tl.program_id(0) * width
+    for i in tl.static_range(len(header)):
+        tl.store(row + i, header[i])
 
 
 @jit
@@ -69,8 +76,9 @@ def count_triton(experts: Tensor, num_experts: int, ranks: int, signature: Seque
     tokens, k = experts.shape
     keys = torch.empty((tokens, k), dtype=torch.int32, device=experts.device)
     empty = experts.numel() == 0
-    header = [[0, 0, -1 if empty else num_experts, -1, *signature]]
-    message = torch.tensor(header, device=experts.device).repeat(ranks, 1)
+    header = (0, 0, -1 if empty else num_experts, -1, *signature)
+    message = torch.empty(ranks, len(header), dtype=torch.int64, device=experts.device)
+    _header_kernel[(ranks,)](message, len(header), header)  # a kernel: a copy of the numbers from the host would wait for the device
     if not empty:
         block = 32
         _count_kernel[(-(-tokens // block),)](

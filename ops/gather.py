@@ -14,6 +14,7 @@ from torch import Tensor
 from moecomm.ops.library import block_of, define, differentiable, jit, tl
 from moecomm.ops.weighted_sum import weighted_sum
 
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 SCHEMA = "gather(Tensor x, Tensor order, Tensor position) -> Tensor"
 
 
@@ -28,7 +29,13 @@ def gather_cpu(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
 def gather_rows_cpu(x: Tensor, order: Tensor, k: int) -> Tensor:
     if x.shape[0] == 0:
         return x.new_zeros(order.shape[0], x.shape[1])
-    return x.index_select(0, order if k == 1 else torch.div(order, k, rounding_mode="floor"))
+    source = order if k == 1 else torch.div(order, k, rounding_mode="floor")
+    padding = order < 0
+    if not padding.any():
+        return x.index_select(0, source)
+    rows = x.index_select(0, source.clamp(min=0))
+    rows.view(torch.uint8).masked_fill_(padding.unsqueeze(1), 0)  # as bytes: not every dtype can be filled
+    return rows
 
 
 @jit
@@ -38,7 +45,7 @@ def _gather_kernel(x, order, rows, n, d, k, stride_m, stride_d, ROWS: tl.constex
     pair = tl.load(order + row, mask=row < n, other=-1)
     source = (pair // k).to(tl.int64)
     inside = (row < n)[:, None] & (col < d)[None, :]
-    values = tl.load(x + source[:, None] * stride_m + col[None, :] * stride_d, mask=inside & (pair >= 0)[:, None], other=0)
+    values = tl.load(x + source[:, None] * stride_m + col.to(tl.int64)[None, :] * stride_d, mask=inside & (pair >= 0)[:, None], other=0)
     tl.store(rows + row.to(tl.int64)[:, None] * d + col[None, :], values, mask=inside)
 
 
@@ -50,9 +57,13 @@ def gather_rows_triton(x: Tensor, order: Tensor, k: int) -> Tensor:
     n, d = order.shape[0], x.shape[1]
     rows = x.new_empty(n, d)
     if n and d:
-        block = block_of(d, 1024)
+        bits = BITS[min(x.itemsize, 8)]  # a gather moves bits: Triton lacks some dtypes, and cannot load others under a mask
+        source, out = (x if x.itemsize <= 8 else x.contiguous()).view(bits), rows.view(bits)
+        width = out.shape[1]
+        block = block_of(width, 1024)
         height = max(1, 2048 // block)
-        _gather_kernel[(-(-n // height), -(-d // block))](x, order, rows, n, d, k, *x.stride(), ROWS=height, BLOCK=block)
+        grid = (-(-n // height), -(-width // block))
+        _gather_kernel[grid](source, order.contiguous(), out, n, width, k, *source.stride(), ROWS=height, BLOCK=block)
     return rows
 
 

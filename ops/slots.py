@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moecomm.ops.exchange import return_exchange, start, wait
 from moecomm.ops.library import LIBRARY, define
@@ -77,6 +78,7 @@ class _ExchangeSlots(torch.autograd.Function):
         return there, ids
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         order, position, splits = ctx.saved_tensors
         home = wait(return_exchange(grad, splits, order.shape[0], ctx.group))  # [S, K]
@@ -87,6 +89,6 @@ def _exchange_slots(*args: Any) -> tuple[Tensor, Tensor]:
     return _ExchangeSlots.apply(*args)
 
 
-LIBRARY.define(SLOTS)
+LIBRARY.define(SLOTS, tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("exchange_slots", _exchange_slots, "CompositeImplicitAutograd")
 exchange_slots = torch.ops.moecomm.exchange_slots.default

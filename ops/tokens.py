@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moecomm.ops.exchange import combine_exchange, dispatch_exchange, wait
 from moecomm.ops.gather import gather
@@ -43,6 +44,7 @@ class _Dispatch(torch.autograd.Function):
         return gather(_there(x, tuple(indices), ctx.group), indices[2], indices[3])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _back(grad, None, ctx.saved_tensors, ctx.group), *(None,) * 6
 
@@ -55,6 +57,7 @@ class _Combine(torch.autograd.Function):
         return _back(rows, weights, tuple(indices), ctx.group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, weights, *indices = ctx.saved_tensors
         there = _there(grad, tuple(indices), ctx.group)  # [R, D]
@@ -70,7 +73,7 @@ def _combine(*args: Any) -> Tensor:
 
 
 for _schema, _function in ((DISPATCH, _dispatch), (COMBINE, _combine)):
-    LIBRARY.define(_schema)
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(_schema[: _schema.index("(")], _function, "CompositeImplicitAutograd")
 dispatch = torch.ops.moecomm.dispatch.default
 combine = torch.ops.moecomm.combine.default

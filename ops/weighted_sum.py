@@ -30,7 +30,14 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
     ends = present.sum(1, dtype=torch.int32).cumsum_(0, dtype=torch.int32)
     starts = torch.nn.functional.pad(ends, (1, 0))
     bags = position.masked_select(present)  # the rows of token 0, then those of token 1, ...
-    factors = None if weights is None else weights.masked_select(present).to(rows.dtype)
+    factors = None
+    if weights is not None:
+        exact = weights.masked_select(present)
+        factors = exact.to(rows.dtype)  # embedding_bag takes no others
+        if rows.dtype.itemsize < 4 and weights.dtype != rows.dtype:
+            # What rounding took off the weight follows as one more entry of the bag, with the same row, which is in the cache by now.
+            bags, starts = bags.repeat_interleave(2), starts * 2
+            factors = torch.stack((factors, (exact - factors).to(rows.dtype)), 1).flatten()
     return embedding_bag(bags, rows, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
 
 
@@ -45,7 +52,7 @@ def _weighted_sum_kernel(
     for j in range(K):
         source = tl.load(position + row.to(tl.int64) * K + j, mask=row < m, other=-1).to(tl.int64)
         here = (source >= 0)[:, None] & (col < d)[None, :]
-        values = tl.load(rows + source[:, None] * stride_n + col[None, :] * stride_d, mask=here, other=0).to(ACC)
+        values = tl.load(rows + source[:, None] * stride_n + col.to(tl.int64)[None, :] * stride_d, mask=here, other=0).to(ACC)
         if WEIGHTED:
             weight = tl.load(weights + row.to(tl.int64) * stride_m + j * stride_k, mask=source >= 0, other=0).to(ACC)
             values = values * weight[:, None]
@@ -62,7 +69,7 @@ def weighted_sum_triton(rows: Tensor, weights: Tensor | None, order: Tensor, pos
         height = max(1, 1024 // block)
         strides = (0, 0) if weights is None else weights.stride()
         _weighted_sum_kernel[(-(-m // height), -(-d // block))](
-            rows, rows if weights is None else weights, position, y, m, d, *rows.stride(), *strides,
+            rows, rows if weights is None else weights, position.contiguous(), y, m, d, *rows.stride(), *strides,
             K=k, WEIGHTED=weights is not None, ACC=compute_dtype(rows.dtype), ROWS=height, BLOCK=block,
         )  # fmt: skip
     return y

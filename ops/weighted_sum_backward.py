@@ -1,15 +1,17 @@
 """grad_rows[n] = weights[m, j] * grad[m] and grad_weights[m, j] = <grad[m], rows[n]>, for the pair (m, j) = order[n].
 
 Costs one read of rows [N, D], one read of grad's rows N times, one write of N * D; dots accumulate in float32 (float64 for float64).
-It is the backward of `weighted_sum`; it has none of its own.
+It is the backward of `weighted_sum`. Its own backward, for second derivatives, is made of the two.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moecomm.ops.library import block_of, compute_dtype, define, jit, tl
+from moecomm.ops.library import block_of, compute_dtype, define, differentiable, jit, tl
 
 SCHEMA = "weighted_sum_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, Tensor position) -> (Tensor, Tensor)"
 
@@ -23,10 +25,15 @@ def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, pos
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     if order.shape[0] == 0 or rows.shape[1] == 0:
         return rows.new_zeros(rows.shape), grad_weights
+    present = order >= 0
+    if not present.all():  # padding
+        grad_rows = rows.new_zeros(rows.shape)
+        grad_rows[present], grad_weights = backward_cpu(grad, rows[present], weights, order[present], position)
+        return grad_rows, grad_weights
     grad_rows = grad.index_select(0, order if k == 1 else torch.div(order, k, rounding_mode="floor"))  # [N, D]
     pairs = order.long()
     accumulate = torch.promote_types(rows.dtype, torch.float32)
-    dots = torch.empty(order.shape[0], dtype=accumulate)
+    dots = rows.new_empty(order.shape[0], dtype=accumulate)
     factors = weights.flatten().index_select(0, pairs).to(accumulate).unsqueeze(1)  # [N, 1]
     step = max(1, 2**18 // rows.shape[1])  # rows a step: both operands stay in the cache
     for start in range(0, order.shape[0], step):
@@ -47,11 +54,11 @@ def _backward_kernel(
     pair = tl.load(order + n).to(tl.int64)
     first = tl.maximum(pair, 0)  # padding reads no gradient, and so writes zeros
     m = first // K
-    weight = tl.load(weights + m * stride_m + first % K * stride_k).to(ACC)
+    weight = tl.load(weights + m * stride_m + first % K * stride_k, mask=pair >= 0, other=0).to(ACC)
     width = tl.where(pair >= 0, d, 0)
     dot = tl.zeros([BLOCK], ACC)
     for start in range(0, d, BLOCK):
-        col = start + tl.arange(0, BLOCK)
+        col = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = col < d
         g = tl.load(grad + m * stride_gm + col * stride_gd, mask=col < width, other=0).to(ACC)
         dot += g * tl.load(rows + n * stride_n + col * stride_d, mask=inside, other=0).to(ACC)
@@ -66,10 +73,25 @@ def backward_triton(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, 
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     if n and d:
         _backward_kernel[(n,)](
-            grad, rows, weights, order, grad_rows, grad_weights, d, *grad.stride(), *rows.stride(), *weights.stride(),
+            grad, rows, weights, order.contiguous(), grad_rows, grad_weights, d, *grad.stride(), *rows.stride(), *weights.stride(),
             K=position.shape[1], ACC=compute_dtype(rows.dtype), BLOCK=block_of(d, 1024),
         )  # fmt: skip
     return grad_rows, grad_weights
 
 
 weighted_sum_backward = define(SCHEMA, backward_fake, backward_cpu, backward_triton)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+    from moecomm.ops.weighted_sum import weighted_sum  # whose backward this file is
+
+    grad, rows, weights, order, position = ctx.saved_tensors
+    to_grad = weighted_sum(grad_rows, weights, order, position) + weighted_sum(rows, grad_weights, order, position)
+    return to_grad, *weighted_sum_backward(grad, grad_rows, grad_weights, order, position), None, None
+
+
+differentiable(weighted_sum_backward, _save, _backward)
