@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
 from moecomm.ops import tokens as ops
@@ -30,8 +30,8 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
 
     Backward: the unweighted combine: the gradient of a token is the sum of the gradients of its rows, in one exchange.
 
-    Raises TypeError where ``x`` holds no tensor or ``plan`` is no `Plan`, ValueError where ``x`` is not of the plan's T tokens or not
-    on its device.
+    Raises TypeError where a leaf of ``x`` is no tensor or ``plan`` is no `Plan`, ValueError where one is not of the plan's T tokens or
+    not on its device; before anything is sent.
 
     >>> a_plan = plan(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), num_experts=2)
     >>> dispatch({"x": torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]]), "position": torch.arange(3)}, a_plan)
@@ -40,6 +40,8 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
             [3.0000, 3.5000]]), 'position': tensor([1, 0, 2])}
     """
     _check_plan(plan)
+    for leaf in tree_leaves(x):  # all of them, before the first is sent
+        _check_leaf("x", leaf, plan, plan.tokens, "T")
     return tree_map(lambda leaf: _dispatch(leaf, plan), x)
 
 
@@ -59,8 +61,8 @@ def combine(rows: Tree, plan: Plan) -> Tree:
     Backward: to the rows, the dispatch of the gradient, weighted; to the plan's weights, the dot product of the gradient and the row.
     One exchange.
 
-    Raises TypeError where ``rows`` holds no tensor or none of a floating dtype, or ``plan`` is no `Plan`; ValueError where ``rows`` has
-    not the plan's N rows or is not on its device.
+    Raises TypeError where a leaf of ``rows`` is no tensor or not of a floating dtype, or ``plan`` is no `Plan`; ValueError where one has
+    not the plan's N rows or is not on its device; before anything is sent.
 
     >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
     >>> a_plan = plan(torch.tensor([[0, 1], [1, -1]]), weights, num_experts=2)
@@ -69,11 +71,13 @@ def combine(rows: Tree, plan: Plan) -> Tree:
             [8.]])
     """
     _check_plan(plan)
+    for leaf in tree_leaves(rows):  # all of them, before the first is sent
+        _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
+        check_floating("rows", leaf)
     return tree_map(lambda leaf: _combine(leaf, plan), rows)
 
 
 def _dispatch(x: Tensor, plan: Plan) -> Tensor:
-    _check_leaf("x", x, plan, plan.tokens, "T")
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     if plan.send_order is None or plan.send_position is None or plan.splits is None:
         rows = gather(flat, plan.row_order, plan.row_position)
@@ -84,8 +88,6 @@ def _dispatch(x: Tensor, plan: Plan) -> Tensor:
 
 
 def _combine(rows: Tensor, plan: Plan) -> Tensor:
-    _check_leaf("rows", rows, plan, plan.row_order.shape[0], "N")
-    check_floating("rows", rows)
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     if plan.send_order is None or plan.send_position is None or plan.splits is None:
         y = weighted_sum(flat, plan.weights, plan.row_order, plan.row_position)

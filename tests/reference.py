@@ -39,8 +39,8 @@ def layer_and_gradients(
 
 def rows(experts: Tensor, first: int, last: int) -> list[tuple[int, int]]:
     """The rows of experts first to last - 1 in order: by expert, then token, then slot; each as its token and slot."""
-    chosen = experts.tolist()
-    return [(t, j) for e in range(first, last) for t, ids in enumerate(chosen) for j, of in enumerate(ids) if of == e]
+    slots = [(e, t, j) for t, ids in enumerate(experts.tolist()) for j, e in enumerate(ids) if first <= e < last]
+    return [(t, j) for _, t, j in sorted(slots)]
 
 
 def pairs(experts: Tensor, first: int, last: int) -> int:

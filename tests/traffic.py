@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -74,7 +73,8 @@ class _Ops(TorchDispatchMode):
             self.traffic.collectives.append(name)
             if name == "all_to_all_single":
                 self.traffic._sent(args[0], args[2])
-        if name in READ_OPS or name == "plan_sizes" or (name == "_to_copy" and torch.device((kwargs or {}).get("device")).type == "cpu"):
+        to = (kwargs or {}).get("device")
+        if name in READ_OPS or name == "plan_sizes" or (name == "_to_copy" and str(to) == "cpu" and not args[0].is_cpu):
             self.traffic.reads.append(name)
         within, self.traffic._within = self.traffic._within, namespace == "moecomm"
         try:
