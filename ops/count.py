@@ -27,8 +27,10 @@ def count_cpu(experts: Tensor, num_experts: int, ranks: int, signature: Sequence
     local = num_experts // ranks
     lowest, highest = (int(bound) for bound in experts.aminmax()) if experts.numel() else (-1, -1)
     rank = experts.to(torch.int32)  # [T, K]
-    if lowest < 0 or highest >= num_experts:  # a wrong id is reported, not followed
-        rank = torch.where((experts >= 0) & (experts < num_experts), rank, -local)
+    if lowest < 0:
+        rank = torch.where(experts < 0, -local, rank)
+    if highest >= num_experts:  # a wrong id is reported, not followed; compared only where experts' dtype can hold num_experts
+        rank = torch.where(experts >= num_experts, -local, rank)
     rank = torch.div(rank, local, rounding_mode="floor")
     slots = torch.bincount(rank.flatten() + 1, minlength=ranks + 1)[1:]
     keys, pairs = rank, slots
@@ -57,7 +59,8 @@ def _count_kernel(
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, K)
     inside = (t < tokens)[:, None] & (j < SLOTS_A_TOKEN)[None, :]
-    ids = tl.load(experts + t.to(tl.int64)[:, None] * stride_t + j[None, :] * stride_k, mask=inside, other=-1).to(tl.int64)  # [BLOCK, K]
+    ids = tl.load(experts + t.to(tl.int64)[:, None] * stride_t + j[None, :] * stride_k, mask=inside, other=0).to(tl.int64)  # [BLOCK, K]
+    ids = tl.where(inside, ids, -1)  # once it is an int64: there is no -1 among unsigned ids
     lowest = tl.min(tl.min(tl.where(inside, ids, num_experts), axis=1), axis=0)
     highest = tl.max(tl.max(ids, axis=1), axis=0)
     tl.atomic_min(message + 2, lowest)

@@ -32,7 +32,7 @@ def sort_cpu(keys: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor, Tensor
 def _histogram_kernel(keys, counts, size, blocks, bins, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + i, mask=i < size, other=-1)
+    key = tl.where(i < size, tl.load(keys + i, mask=i < size, other=0).to(tl.int32), -1)
     for start in range(0, bins, BINS):
         b = start + tl.arange(0, BINS)
         here = tl.sum((key[:, None] == b[None, :]).to(tl.int32), axis=0)  # [BINS]
@@ -40,10 +40,10 @@ def _histogram_kernel(keys, counts, size, blocks, bins, BLOCK: tl.constexpr, BIN
 
 
 @jit
-def _place_kernel(keys, starts, order, position, size, blocks, bins, BLOCK: tl.constexpr, BINS: tl.constexpr):
+def _place_kernel(keys, starts, order, position, size, kept, blocks, bins, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + i, mask=i < size, other=-1)
+    key = tl.where(i < size, tl.load(keys + i, mask=i < size, other=0).to(tl.int32), -1)
     place = tl.full([BLOCK], -1, tl.int32)
     for start in range(0, bins, BINS):
         b = start + tl.arange(0, BINS)
@@ -52,11 +52,11 @@ def _place_kernel(keys, starts, order, position, size, blocks, bins, BLOCK: tl.c
         before = tl.cumsum(mine, axis=0) - mine  # equal keys earlier in this block
         place += tl.sum(mine * (first[None, :] + before + 1), axis=1)
     tl.store(position + i, place, mask=i < size)
-    tl.store(order + place, i, mask=place >= 0)
+    tl.store(order + place, i, mask=(place >= 0) & (place < kept))
 
 
 def sort_triton(keys: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    flat = keys.flatten()
+    flat = keys.contiguous().view(-1)
     order, position = _empty(keys, size), torch.empty(keys.shape, dtype=torch.int32, device=keys.device)
     if flat.numel() == 0:
         return order, position, _empty(keys, bins).zero_()
@@ -65,7 +65,8 @@ def sort_triton(keys: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor, Ten
     counts = torch.empty(bins, blocks, dtype=torch.int32, device=keys.device)
     _histogram_kernel[(blocks,)](flat, counts, flat.numel(), blocks, bins, BLOCK=block, BINS=chunk)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)  # over the keys, and over the blocks within a key: a stable order
-    _place_kernel[(blocks,)](flat, ends - counts.flatten(), order, position, flat.numel(), blocks, bins, BLOCK=block, BINS=chunk)
+    starts = ends - counts.flatten()
+    _place_kernel[(blocks,)](flat, starts, order, position, flat.numel(), size, blocks, bins, BLOCK=block, BINS=chunk)
     return order, position, ends[blocks - 1 :: blocks].clone()  # no view, even of one bin: an op's output starts where its memory does
 
 

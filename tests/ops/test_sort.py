@@ -1,0 +1,65 @@
+"""counting_sort: a stable order of keys, its inverse, and the end of each key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from moecomm.ops.sort import counting_sort, sort_cpu, sort_fake, sort_triton
+from tests.ops.cases import assert_same_layout, guarded, routing, sorted_slots, strided
+
+
+def check(keys: Tensor, bins: int, device: str) -> None:
+    want = sorted_slots(keys, bins)
+    size = want[0].shape[0]
+    for got in (sort_cpu(keys, bins, size), guarded(sort_triton, keys.to(device), bins, size)):
+        torch.testing.assert_close([tensor.cpu() for tensor in got], list(want), rtol=0, atol=0)
+        assert_same_layout(sort_fake(keys, bins, size), got)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "bins"),
+    [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (256, 1, 64), (257, 1, 65), (100, 8, 17), (300, 2, 200), (0, 2, 3), (0, 1, 1)],
+)
+def test_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device: str) -> None:
+    check(routing(tokens, k, bins, seed=tokens), bins, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_sort_takes_any_integer_dtype_and_any_strides(dtype: torch.dtype, device: str) -> None:
+    keys = routing(150, 2, 5, seed=1, dropped=0.0 if dtype == torch.uint8 else 0.3).to(dtype)
+    for layout in strided(keys):
+        check(layout, 5, device)
+
+
+def test_sort_of_nothing_but_dropped_slots(device: str) -> None:
+    check(torch.full((40, 2), -1), 3, device)
+
+
+def test_sort_of_one_key_only_keeps_the_order(device: str) -> None:
+    check(torch.full((300, 1), 2), 5, device)
+
+
+def test_sort_gives_no_view_into_larger_memory(device: str) -> None:
+    """Compiled code takes an op's outputs to be aligned as memory that was allocated is."""
+    for bins in (1, 3):
+        keys = routing(600, 1, bins, seed=bins)
+        size = int((keys >= 0).sum())
+        for got in (sort_cpu(keys, bins, size), sort_triton(keys.to(device), bins, size)):
+            assert [tensor.storage_offset() for tensor in got] == [0, 0, 0]
+
+
+def test_keys_that_need_more_than_16_bits() -> None:
+    keys = torch.tensor([[2**15, 7], [-1, 2**15]])
+    order, position, offsets = counting_sort(keys, 2**15 + 1, 3)
+    assert order.tolist() == [1, 0, 3]
+    assert position.tolist() == [[1, 0], [-1, 2]]
+    assert offsets[[0, 6, 7, 2**15 - 1, 2**15]].tolist() == [0, 0, 1, 1, 3]
+
+
+def test_sort_passes_opcheck() -> None:
+    for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
+        keys = routing(tokens, k, 4, seed=tokens)
+        opcheck(counting_sort, (keys, 4, int((keys >= 0).sum())))
