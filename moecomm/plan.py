@@ -20,6 +20,13 @@ class Plan(NamedTuple):
     """What `plan` gives and `dispatch` and `combine` follow: tensors, ints and the group's name; a pytree, and nothing else.
 
     T tokens of this rank, K slots a token, S (token, rank) pairs sent, R pairs received, N rows computed here, L local experts, P ranks.
+
+    >>> a_plan = plan(torch.tensor([[1, 0], [1, -1]]), torch.ones(2, 2), num_experts=2)
+    >>> a_plan.row_order  # expert 0 has the second slot of token 0, expert 1 the first slots of both
+    tensor([1, 0, 2], dtype=torch.int32)
+    >>> a_plan.row_position
+    tensor([[ 1,  0],
+            [ 2, -1]], dtype=torch.int32)
     """
 
     offsets: Tensor  # [L] int32: the rows of local expert e end before row offsets[e]; what grouped_mm calls offs
