@@ -13,6 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+# opcheck on an op that gives the result of an exchange that is still going on: test_aot_dispatch_* compare the values of two such results.
+IN_FLIGHT = ("test_schema", "test_autograd_registration", "test_faketensor")
+# opcheck on an op that is made of other ops and waits among them: torch's own wait_tensor gives back its input, against its schema, which
+# test_schema and test_faketensor find in it wherever it stands. The parts pass both by themselves.
+COMPOSED = ("test_autograd_registration", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -1,0 +1,76 @@
+"""plan_sizes: what the host must know, read once; and the errors that all ranks raise alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from moecomm.errors import ExpertIdError, MoECommError
+from moecomm.ops.count import count
+from moecomm.ops.sizes import plan_sizes, signature
+from tests.ops.cases import routing
+
+NUM_EXPERTS = 8
+
+
+def message(experts: Tensor, ranks: int, weights_dtype: torch.dtype = torch.float32, like: Tensor | None = None) -> Tensor:
+    """[P, 4 + signature]: what the rank with these experts sends."""
+    weights = torch.zeros(experts.shape, dtype=weights_dtype)
+    return count(experts, NUM_EXPERTS, ranks, signature(experts, weights, NUM_EXPERTS, like))[1]
+
+
+def exchanged(*messages: Tensor) -> list[Tensor]:
+    """What each rank receives, when rank r sends messages[r]."""
+    return [torch.stack([sent[rank] for sent in messages]) for rank in range(len(messages))]
+
+
+def test_sizes_are_the_sums_of_what_is_sent_and_received() -> None:
+    sent = [message(torch.tensor([[0, 1], [4, -1], [5, 0]]), 2), message(torch.tensor([[7, 7]]), 2)]
+    received = exchanged(*sent)
+    assert plan_sizes(sent[0], received[0])[:3] == (4, 2, 3)
+    assert plan_sizes(sent[1], received[1])[:3] == (1, 3, 4)
+    splits = plan_sizes(sent[0], received[0])[3]
+    assert splits.tolist() == [[2, 2], [2, 0]]
+    assert splits.is_contiguous()
+    assert splits.device.type == "cpu"
+    assert plan_sizes(sent[1], received[1])[3].tolist() == [[0, 1], [2, 1]]
+
+
+def test_sizes_of_no_tokens() -> None:
+    none = message(torch.zeros(0, 2, dtype=torch.int64), 2)
+    assert plan_sizes(none, none)[:3] == (0, 0, 0)
+
+
+@pytest.mark.parametrize("wrong", [-2, 8, 2**32, -(2**40)])
+def test_every_rank_raises_for_an_id_out_of_range_on_any(wrong: int) -> None:
+    sent = [message(torch.tensor([[0, 1]]), 2), message(torch.tensor([[3, wrong]]), 2)]
+    lowest, highest = min(3, wrong), max(3, wrong)
+    for rank, received in enumerate(exchanged(*sent)):
+        with pytest.raises(ExpertIdError, match=rf"experts was between {lowest} and {highest} on rank 1 of the group; .*\[-1, 8\)"):
+            plan_sizes(sent[rank], received)
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"experts": torch.zeros(1, 3, dtype=torch.int64)}, "k was 2 on rank 0, 3 on rank 1"),
+        ({"weights_dtype": torch.bfloat16}, "weights.dtype was torch.float32 on rank 0, torch.bfloat16 on rank 1"),
+        ({"like": torch.zeros(1, 5)}, "like's elements a token was 4 on rank 0, 5 on rank 1"),
+        ({"like": torch.zeros(1, 4, dtype=torch.float64)}, "like.dtype was torch.float32 on rank 0, torch.float64 on rank 1"),
+        ({"like": None}, "like's elements a token was 4 on rank 0, not given on rank 1"),
+    ],
+)
+def test_every_rank_raises_where_the_ranks_differ(other: dict[str, object], text: str) -> None:
+    same = {"experts": torch.zeros(1, 2, dtype=torch.int64), "ranks": 2, "like": torch.zeros(1, 4)}
+    sent = [message(**same), message(**(same | other))]
+    for rank, received in enumerate(exchanged(*sent)):
+        with pytest.raises(MoECommError, match=text):
+            plan_sizes(sent[rank], received)
+
+
+def test_sizes_pass_opcheck() -> None:
+    for tokens in (5, 1, 0):
+        sent = message(routing(tokens, 2, NUM_EXPERTS, seed=tokens), 4)
+        opcheck(plan_sizes, (sent, sent))
