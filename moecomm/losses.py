@@ -1,0 +1,124 @@
+"""What keeps a router in balance: load_balance_loss, z_loss and update_bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moecomm.capacity import check_experts, count_slots
+from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.group import GroupLike, resolve_group
+from moecomm.slices import slice_gather
+
+
+def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike = None) -> Tensor:
+    """The auxiliary loss of Switch and GShard: E * sum over e of f_e * p_e; 1 where all experts get as much, E where one gets all.
+
+    f_e is the part of the slots that expert e has, and p_e the mean of its probabilities, both over the tokens of all ranks of the group:
+    arXiv 2101.03961. Over a group the loss is that of the whole batch, which need not be balanced on each rank.
+
+    Args:
+        probabilities: [T, E], of a floating dtype: what the router gives each expert, ``logits.softmax(-1)``. Sigmoid scores go in as
+            ``scores / scores.sum(-1, keepdim=True)``, since the loss is 1 in balance only where a token's add up to 1. T may differ from
+            rank to rank and may be 0.
+        experts: [T, K], of an integer dtype: the experts that `route` chose, before `limit_by_capacity`, whose limit would hide from the
+            loss what is over it. A slot of -1 counts for no expert, and a token without any expert counts for nothing.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+
+    Returns a scalar, float32 (float64 for float64 probabilities), the same on all ranks; 0 without tokens.
+
+    Costs one all-gather of 2 E + 1 numbers, and one exchange of as many in the backward; no host sync.
+
+    Backward: to ``probabilities``, through p alone. It is the gradient of the sum of all ranks' losses, as of all that ranks compute:
+    averaged over the ranks, as data parallelism does, the gradients of parameters are those of the one loss of the group.
+
+    Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent.
+
+    >>> probabilities = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    >>> load_balance_loss(probabilities, torch.tensor([[0], [1]]))
+    tensor(1.)
+    >>> load_balance_loss(probabilities, torch.tensor([[0], [0]]))
+    tensor(1.2500)
+    """
+    check_tensor("probabilities", probabilities, "[T, E]", dims=2)
+    check_floating("probabilities", probabilities)
+    check_experts(experts)
+    if experts.shape[0] != probabilities.shape[0]:
+        wrong_value("experts", f"of shape {list(experts.shape)}", f"of probabilities' T = {probabilities.shape[0]} tokens")
+    if experts.device != probabilities.device:
+        wrong_value("experts", f"on {experts.device}", f"on probabilities' device, {probabilities.device}")
+    ranks = resolve_group(group)
+    num_experts = probabilities.shape[1]
+    dtype = torch.promote_types(probabilities.dtype, torch.float32)
+    slots = count_slots(experts, num_experts)
+    routed = (slots.keys < num_experts).any(1)  # [T]
+    sums = probabilities.to(dtype).masked_fill(~routed.unsqueeze(1), 0).sum(0)  # [E]
+    stats = torch.cat((slots.counts.to(dtype), sums, routed.sum(0, keepdim=True).to(dtype)))  # [2 E + 1]: one message
+    if ranks.size > 1:
+        stats = slice_gather(stats.unsqueeze(0), ranks.name, grad="reduce").sum(0)
+    counts, sums, tokens = stats.split((num_experts, num_experts, 1))
+    fractions = counts / counts.sum().clamp(min=1)
+    return num_experts * (fractions * sums / tokens.clamp(min=1)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)^2, which keeps logits small: arXiv 2202.08906.
+
+    Args:
+        logits: [T, E], of a floating dtype. A logit of -inf is an expert that the token may not have; a token of -inf alone counts for
+            nothing.
+
+    Returns a scalar, float32 (float64 for float64 logits), in which it is computed: this rank's mean, 0 without tokens. Sends nothing.
+
+    Backward: to ``logits``.
+
+    Raises TypeError or ValueError where ``logits`` is no such tensor.
+
+    >>> z_loss(torch.zeros(3, 4))  # log(4)^2
+    tensor(1.9218)
+    """
+    check_tensor("logits", logits, "[T, E]", dims=2)
+    check_floating("logits", logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    masked = (logits == -torch.inf).all(1)  # [T]
+    z = logits.masked_fill(masked.unsqueeze(1), 0).logsumexp(1).masked_fill(masked, 0)  # [T]
+    return z.square().sum() / (~masked).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def update_bias(bias: Tensor, experts: Tensor, speed: float = 1e-3, group: GroupLike = None) -> Tensor:
+    """The next `route` bias of auxiliary-loss-free balancing: raised by ``speed`` for experts below the mean load, lowered above it.
+
+    ``bias + speed * sign(mean load - load)``, where an expert's load is how many slots it has on all ranks of the group: arXiv 2408.15664,
+    whose speed is 0.001. Called once a step, after the optimizer's: ``bias.copy_(update_bias(bias, experts, group=group))``.
+
+    Args:
+        bias: [E], of a floating dtype, the same on all ranks; float32 is best, as a small step may be lost in a lower precision.
+        experts: [T, K], of an integer dtype: the experts that `route` chose; a slot of -1 is no expert's load. T may differ from rank to
+            rank and may be 0.
+        speed: the size of the step.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+
+    Returns [E], of bias' dtype, the same on all ranks; ``bias`` itself is not changed.
+
+    Costs one all-reduce of E counts, which are integers and so exact, and no host sync. No backward.
+
+    Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent.
+
+    >>> update_bias(torch.zeros(3), torch.tensor([[0], [0], [1], [2], [0], [1]]), speed=0.5)
+    tensor([-0.5000,  0.0000,  0.5000])
+    """
+    check_tensor("bias", bias, "[E]", dims=1)
+    check_floating("bias", bias)
+    check_experts(experts)
+    if experts.device != bias.device:
+        wrong_value("experts", f"on {experts.device}", f"on bias' device, {bias.device}")
+    if not isinstance(speed, int | float) or isinstance(speed, bool):
+        wrong_type("speed", type(speed).__name__, "a number")
+    ranks = resolve_group(group)
+    load = count_slots(experts, bias.shape[0]).counts  # [E]
+    if ranks.size > 1:
+        functional = torch.ops._c10d_functional
+        load = functional.wait_tensor(functional.all_reduce(load, "sum", ranks.name))
+    behind = load.sum() - bias.shape[0] * load  # in integers: an expert at the mean stays
+    return bias + speed * behind.sign().to(bias.dtype)
