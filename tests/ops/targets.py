@@ -1,0 +1,71 @@
+"""Compiles every Triton kernel of the local ops for a GPU that need not be here: ``python -m tests.ops.targets cuda 90 32``.
+
+It stands in for the GPU where Triton asks which one there is, launches nothing, and prints the name of each kernel once it is compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from moecomm.ops.count import count_triton
+from moecomm.ops.gather import gather_triton
+from moecomm.ops.sort import sort_triton
+from moecomm.ops.weighted_sum import weighted_sum_triton
+from moecomm.ops.weighted_sum_backward import backward_triton
+
+GATHERED = (torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float32, torch.complex64, torch.complex128)
+SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class AbsentGpu:
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(launch: Any) -> Any:
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **rest: Any) -> Any:
+        compiled = launch(kernel, *args, grid=grid, warmup=True, **rest)
+        print(kernel.__name__, flush=True)
+        return compiled
+
+    return run
+
+
+def call_everything() -> None:
+    tokens, k, d = 5, 2, 7
+    order = torch.zeros(tokens * k, dtype=torch.int32)
+    position = torch.zeros(tokens, k, dtype=torch.int32)
+    weights = torch.zeros(tokens, k)
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        count_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2, [2, 4, -1, 16, 2**40])
+        sort_triton(torch.zeros(tokens, k, dtype=dtype), 4, tokens * k)
+    count_triton(torch.zeros(tokens, 1, dtype=torch.int64), 1, 1, [1, 1])
+    for dtype in GATHERED:
+        gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
+    for dtype in SUMMED:
+        x, rows = torch.zeros(tokens, d, dtype=dtype), torch.zeros(tokens * k, d, dtype=dtype)
+        weighted_sum_triton(rows, None, order, position)
+        weighted_sum_triton(rows, weights, order, position)
+        backward_triton(x, rows, weights, order, position)
+
+
+if __name__ == "__main__":
+    backend, arch, warp = sys.argv[1:]
+    driver.set_active(AbsentGpu(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))))
+    JITFunction.run = compile_only(JITFunction.run)
+    call_everything()

@@ -1,0 +1,107 @@
+"""exchange_slots: beside each received row, its token's local experts and weights; its backward brings the gradient of weights home."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.library import opcheck
+
+from moecomm.ops.count import count
+from moecomm.ops.exchange import wait
+from moecomm.ops.sizes import plan_sizes, signature
+from moecomm.ops.slots import exchange_slots, slots_exchange, unpack_slots
+from moecomm.ops.sort import counting_sort
+from tests.ops.cases import COMPOSED, IN_FLIGHT, check_gradients_across_ranks, routing, seeded
+from tests.spawn import run_ranks
+
+TOKENS = {2: (5, 3), 4: (3, 0, 5, 1)}  # of each rank
+WEIGHTS = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def held(rank: int, tokens: int, k: int, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(experts, weights in float64) of a rank."""
+    return routing(tokens, k, num_experts, seed=rank), torch.rand(tokens, k, dtype=torch.float64, generator=seeded(rank))
+
+
+def arguments(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[object, ...]:
+    """What exchange_slots takes after the weights: (experts, keys, order, position, local, splits, received, group)."""
+    ranks, group = dist.get_world_size(), dist.group.WORLD.group_name
+    keys, sent = count(experts, num_experts, ranks, signature(experts, weights, num_experts, None))
+    pairs = [1] * ranks
+    s, r, _, splits = plan_sizes(sent, wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group)))
+    order, position, _ = counting_sort(keys, ranks, s)
+    return experts, keys, order, position, num_experts // ranks, splits, r, group
+
+
+def expected(tokens: tuple[int, ...], k: int, num_experts: int, rank: int) -> tuple[list[list[int]], list[list[float]]]:
+    """(ids, weights) that ``rank`` receives, by loops over the ranks' tokens."""
+    local = num_experts // len(tokens)
+    ids, there = [], []
+    for source, count_of in enumerate(tokens):
+        experts, weights = held(source, count_of, k, num_experts)
+        for slots, factors in zip(experts.tolist(), weights.tolist(), strict=True):
+            here = [expert - rank * local if expert // local == rank else -1 for expert in slots]
+            if max(here) >= 0:
+                ids.append(here)
+                there.append(factors)
+    return ids, there
+
+
+def exchange(tokens: tuple[int, ...], k: int, num_experts: int) -> list[tuple[Tensor, Tensor]]:
+    experts, weights = held(dist.get_rank(), tokens[dist.get_rank()], k, num_experts)
+    rest = arguments(experts, weights, num_experts)
+    return [exchange_slots(weights.to(dtype), *rest) for dtype in WEIGHTS]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_slots_arrive_with_their_rows(ranks: int) -> None:
+    """With local experts that need 1, 2 and 4 bytes, at both sides of the limits."""
+    for k, local in ((1, 2), (3, 2), (2, 128), (2, 129), (2, 2**15), (2, 2**15 + 1)):
+        for rank, results in enumerate(run_ranks(exchange, ranks, TOKENS[ranks], k, local * ranks)):
+            want_ids, want = expected(TOKENS[ranks], k, local * ranks, rank)
+            for dtype, (there, ids) in zip(WEIGHTS, results, strict=True):
+                assert ids.dtype == torch.int32
+                assert torch.equal(ids, torch.tensor(want_ids, dtype=torch.int32).view(-1, k))
+                assert torch.equal(there, torch.tensor(want, dtype=torch.float64).view(-1, k).to(dtype))
+
+
+def gradients(tokens: tuple[int, ...]) -> bool:
+    """Checks the first derivative, and gives whether there is a graph for a second, which must raise."""
+    experts, weights = held(dist.get_rank(), tokens[dist.get_rank()], 2, 4)
+    rest = arguments(experts, weights, 4)
+    check_gradients_across_ranks(lambda weights: exchange_slots(weights, *rest), weights)
+    there, _ = exchange_slots(weights.requires_grad_(), *rest)
+    (grad,) = torch.autograd.grad((there * there).sum(), weights, create_graph=True)
+    if not grad.requires_grad:
+        return False
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    return True
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradient_of_the_weights_comes_home_once(ranks: int) -> None:
+    """The second derivative is an error, and not silently wrong."""
+    assert all(run_ranks(gradients, ranks, TOKENS[ranks]))
+
+
+def opcheck_all(tokens: tuple[int, ...]) -> None:
+    experts, weights = held(dist.get_rank(), tokens[dist.get_rank()], 2, 4)
+    weights = weights.float()
+    experts, keys, order, position, *rest = arguments(experts, weights, 4)
+    opcheck(slots_exchange, (experts, weights, keys, order, *rest), test_utils=IN_FLIGHT)
+    opcheck(exchange_slots, (weights.requires_grad_(), experts, keys, order, position, *rest), test_utils=COMPOSED)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_slots_pass_opcheck(ranks: int) -> None:
+    run_ranks(opcheck_all, ranks, TOKENS[ranks])
+    run_ranks(opcheck_all, ranks, (0,) * ranks)
+
+
+def test_unpack_passes_opcheck() -> None:
+    for received, k, local, dtype, width in ((3, 2, 4, torch.float32, 10), (0, 2, 4, torch.float32, 10), (2, 3, 300, torch.bfloat16, 12)):
+        message = torch.randint(0, 256, (received, width), dtype=torch.uint8, generator=seeded(k))
+        opcheck(unpack_slots, (message, k, local, dtype))
