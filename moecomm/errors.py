@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 
 class MoECommError(RuntimeError):
@@ -37,3 +38,11 @@ def check_floating(argument: str, value: torch.Tensor) -> None:
     """Raise unless ``value`` has a floating dtype."""
     if not value.dtype.is_floating_point:
         wrong_type(argument, f"of dtype {value.dtype}", "of a floating dtype")
+
+
+def differ(size: int, other: int) -> bool:
+    """Whether two sizes differ. Where the compiler cannot know it yet they do not, and the graph asserts that when it runs."""
+    if guard_or_false(size != other):
+        return True
+    torch._check(size == other)
+    return False

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.ops.count import count
 from moecomm.ops.exchange import wait
@@ -98,7 +98,7 @@ def _check(experts: Tensor, weights: Tensor, num_experts: int, ranks: int, like:
         wrong_type("experts", f"of dtype {experts.dtype}", "of an integer dtype")
     check_tensor("weights", weights, "[T, K]", dims=2)
     check_floating("weights", weights)
-    if weights.shape != experts.shape:
+    if differ(weights.shape[0], experts.shape[0]) or differ(weights.shape[1], experts.shape[1]):
         wrong_value("weights", f"of shape {list(weights.shape)}", f"of experts' shape {list(experts.shape)}")
     if weights.device != experts.device:
         wrong_value("weights", f"on {weights.device}", f"on experts' device, {experts.device}")
@@ -110,5 +110,5 @@ def _check(experts: Tensor, weights: Tensor, num_experts: int, ranks: int, like:
         wrong_value("experts", f"of shape {list(experts.shape)}, K = {experts.shape[1]}", f"of 1 <= K <= num_experts = {num_experts}")
     if like is not None:
         check_tensor("like", like, "[T, ...]")
-        if like.dim() == 0 or like.shape[0] != experts.shape[0]:
+        if like.dim() == 0 or differ(like.shape[0], experts.shape[0]):
             wrong_value("like", f"of shape {list(like.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")

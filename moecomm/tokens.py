@@ -6,10 +6,9 @@ import math
 from typing import TypeVar
 
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.ops import tokens as ops
 from moecomm.ops.gather import gather
 from moecomm.ops.weighted_sum import weighted_sum
@@ -104,7 +103,7 @@ def _check_plan(plan: Plan) -> None:
 
 def _check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str) -> None:
     check_tensor(argument, value, f"[{symbol}, ...], or a pytree of them")
-    if value.dim() == 0 or statically_known_true(value.shape[0] != size):
+    if value.dim() == 0 or differ(value.shape[0], size):
         wrong_value(argument, f"of shape {list(value.shape)}", f"of shape [{size}, ...], the plan's {symbol} = {size}")
     if value.device != plan.row_order.device:
         wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}")

@@ -35,7 +35,7 @@ def run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 6
     try:
         return pool.run(fn, args, timeout)
     except RankFailed:
-        _pools.pop(ranks).kill()
+        _pools.pop(ranks).end()
         raise
 
 
@@ -95,19 +95,24 @@ class Pool:
         with open(self.stacks[rank].name) as stack:
             return stack.read()
 
-    def kill(self) -> None:
+    def end(self, grace: float = 0.0) -> None:
+        """End the ranks: those that are idle by themselves within ``grace`` seconds, the others, which may hang, by force."""
+        for pipe in self.pipes:
+            pipe.close()
         for process in self.processes:
+            process.join(grace)
             process.kill()
             process.join(5)
-        for pipe, stack in zip(self.pipes, self.stacks, strict=True):
-            pipe.close()
+        for stack in self.stacks:
             stack.close()
 
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> None:
     import torch
+    import torch._inductor.config
     import torch.distributed as dist
 
+    torch._inductor.config.compile_threads = 1  # no pool of compile workers for each rank: there are more ranks than cores
     stack_file = open(stack, "w")  # noqa: SIM115 - faulthandler needs it for the life of the process
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
     torch.set_num_threads(1)
@@ -118,7 +123,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> No
         try:
             fn, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
-            os._exit(0)  # the parent is gone
+            return  # the parent needs no more, or is gone
         try:
             answer = pickle.dumps((True, fn(*args)))
         except Exception:
@@ -132,4 +137,4 @@ _pools: dict[int, Pool] = {}
 @atexit.register
 def _end_pools() -> None:
     for pool in _pools.values():
-        pool.kill()
+        pool.end(GRACE)
