@@ -72,8 +72,8 @@ def route(
     with torch.no_grad():
         ranked = logits
         if bias is not None or num_groups > 1:
-            scores = _scores(logits, score) if bias is None else _scores(logits, score) + bias.to(logits.dtype)
-            scores = scores.masked_fill(logits == -torch.inf, -torch.inf)  # [T, E]
+            scores = _scores(logits, score).nan_to_num(0)  # [T, E]: one NaN makes a token's softmax all NaN, but is itself to be chosen
+            scores = torch.where(logits.isfinite(), scores if bias is None else scores + bias.to(logits.dtype), logits)
             ranked = logits if bias is None else scores
             if num_groups > 1:
                 eligible = _eligible(scores, num_groups, top_groups, group_score)  # [T, G]
