@@ -3,8 +3,27 @@
 A token walks one way: `route` -> `plan` -> `dispatch` -> (your experts) -> `combine`; the backward pass walks it in reverse.
 """
 
+from moecomm.capacity import limit_by_capacity
+from moecomm.losses import load_balance_loss, update_bias, z_loss
 from moecomm.plan import Plan, plan
+from moecomm.route import route
 from moecomm.slices import slice_gather, slice_scatter
+from moecomm.sync import sync_grads_, sync_params, sync_params_
 from moecomm.tokens import combine, dispatch
 
-__all__ = ["Plan", "combine", "dispatch", "plan", "slice_gather", "slice_scatter"]
+__all__ = [
+    "Plan",
+    "combine",
+    "dispatch",
+    "limit_by_capacity",
+    "load_balance_loss",
+    "plan",
+    "route",
+    "slice_gather",
+    "slice_scatter",
+    "sync_grads_",
+    "sync_params",
+    "sync_params_",
+    "update_bias",
+    "z_loss",
+]

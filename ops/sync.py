@@ -1,0 +1,152 @@
+"""sync_params: out[i] = rank src's params[i]. all_reduce: out = flat of rank 0 + flat of rank 1 + ..., in that order, / divisor.
+
+sync_params sends the parameters to each rank, one broadcast a dtype. all_reduce is an all-to-all, `rank_sum` and an all-gather, and
+sends each rank's bytes 2 * (P - 1) / P times, as a ring does. The backward of sync_params is all_reduce of the gradients, one flat tensor
+a dtype; the backward of that is all_reduce again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moecomm.group import process_group
+from moecomm.ops.library import LIBRARY, define
+from moecomm.ops.rank_sum import rank_sum
+from moecomm.ops.slice import all_gathered, funcol, start_all_gather
+
+START = "start_broadcast(Tensor[] tensors, int src, str group) -> Tensor"
+SPLIT = "split_copy(Tensor flat, SymInt[] sizes) -> Tensor[]"
+SYNC = "sync_params(Tensor[] params, int src, int? divisor, int ranks, str group) -> Tensor[]"
+
+
+def start_broadcast_fake(tensors: Sequence[Tensor], src: int, group: str) -> Tensor:
+    return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+
+
+def start_broadcast_here(tensors: Sequence[Tensor], src: int, group: str) -> Tensor:
+    """Start the broadcast of tensors of one dtype, one behind the other, from rank ``src`` of the group; to be waited for."""
+    ranks = process_group(group)
+    here = ranks.rank() == src
+    flat = flatten(tensors) if here else start_broadcast_fake(tensors, src, group)
+    if flat.numel():
+        message = flat.view(torch.uint8)  # gloo sends bytes, but not every dtype
+        work = dist.broadcast(message, group=ranks, group_src=src, async_op=True)
+        torch._C._distributed_c10d._register_work(flat, work)
+    return flat
+
+
+def split_copy_fake(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    return [flat.new_empty(size) for size in sizes]
+
+
+def split_copy_here(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Each piece in memory of its own: aligned for any kernel, and free as soon as nobody needs it."""
+    return list(torch.ops.aten.split_with_sizes_copy(flat, sizes))
+
+
+start_broadcast = define(START, start_broadcast_fake, start_broadcast_here, start_broadcast_here)
+split_copy = define(SPLIT, split_copy_fake, split_copy_here, split_copy_here)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one dtype, one behind the other."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of the tensors of each dtype."""
+    buckets: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        buckets.setdefault(tensor.dtype, []).append(i)
+    return list(buckets.values())
+
+
+def all_reduce(flats: Sequence[Tensor], divisor: int, ranks: int, group: str, before: bool = False) -> list[Tensor]:
+    """The sums over the ranks of flat tensors, divided; what can be sent is sent before anything is waited for."""
+    exchanged = [_start_exchange(flat, ranks, group) for flat in flats]
+    sums, gathered = [], []
+    for flat, parts in zip(flats, exchanged, strict=True):
+        mine = funcol.wait_tensor(parts).view(flat.dtype).view(ranks, -1)  # [P, chunk], part p from rank p
+        sums.append(rank_sum(mine, divisor, before))  # [chunk]
+        gathered.append(start_all_gather(sums[-1], ranks, group))
+    wholes = [all_gathered(pending, total, ranks) for pending, total in zip(gathered, sums, strict=True)]  # [P * chunk] each
+    return [whole.narrow(0, 0, flat.shape[0]) for whole, flat in zip(wholes, flats, strict=True)]
+
+
+def _start_exchange(flat: Tensor, ranks: int, group: str) -> Tensor:
+    """Start to send each rank its chunk of a flat tensor, as bytes; no chunk is empty."""
+    chunk = max(1, -(-flat.shape[0] // ranks))
+    padded = torch.cat([flat, flat.new_zeros(ranks * chunk - flat.shape[0])])
+    split = [chunk * flat.dtype.itemsize] * ranks
+    return funcol.all_to_all_single(padded.view(torch.uint8), split, split, group)
+
+
+class _SyncParams(torch.autograd.Function):
+    @staticmethod
+    def forward(src: int, divisor: int | None, ranks: int, group: str, *params: Tensor) -> tuple[Tensor, ...]:
+        buckets = by_dtype(params)
+        started = [start_broadcast([params[i] for i in bucket], src, group) for bucket in buckets]
+        synced = list(params)
+        for bucket, flat in zip(buckets, started, strict=True):
+            _put(synced, bucket, funcol.wait_tensor(flat))
+        return tuple(synced)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *ctx.how = inputs[:4]
+        ctx.needed = ctx.needs_input_grad[4:]
+        # Else one parameter that needs a gradient would give all of them one.
+        ctx.mark_non_differentiable(*(param for param, needed in zip(output, ctx.needed, strict=True) if not needed))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        divisor, ranks, group = ctx.how
+        needed = [grad for grad, needed in zip(grads, ctx.needed, strict=True) if needed]
+        if divisor is not None:
+            needed = _ReduceGrads.apply(divisor, ranks, group, *needed)
+        rest = iter(needed)
+        return None, None, None, None, *(next(rest) if needed else None for needed in ctx.needed)
+
+
+class _ReduceGrads(torch.autograd.Function):
+    @staticmethod
+    def forward(divisor: int, ranks: int, group: str, *grads: Tensor) -> tuple[Tensor, ...]:
+        buckets = by_dtype(grads)
+        flats = [flatten([grads[i] for i in bucket]) for bucket in buckets]
+        reduced = list(grads)
+        for bucket, flat in zip(buckets, all_reduce(flats, divisor, ranks, group), strict=True):
+            _put(reduced, bucket, flat)
+        return tuple(reduced)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.how = inputs[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_ReduceGrads.apply(*ctx.how, *grads)
+
+
+def _put(tensors: list[Tensor], bucket: list[int], flat: Tensor) -> None:
+    """Put the tensors of a bucket, as ``flat`` has them, in their places."""
+    for i, piece in zip(bucket, split_copy(flat, [tensors[i].numel() for i in bucket]), strict=True):
+        tensors[i] = torch.ops.aten._unsafe_view(piece, tensors[i].shape)  # nobody else has the piece: may be written to
+
+
+def _sync_params(params: Sequence[Tensor], *how: Any) -> list[Tensor]:
+    return list(_SyncParams.apply(*how, *params))
+
+
+LIBRARY.define(SYNC, tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("sync_params", _sync_params, "CompositeImplicitAutograd")
+
+
+def sync_params(params: Sequence[Tensor], src: int, divisor: int | None, ranks: int, group: str) -> list[Tensor]:
+    """The op where Dynamo traces, which cannot look into it; else what it does: torch.func.grad reaches that, but not through an op."""
+    function = torch.ops.moecomm.sync_params if torch.compiler.is_dynamo_compiling() else _sync_params
+    return function(params, src, divisor, ranks, group)
