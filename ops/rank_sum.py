@@ -29,14 +29,23 @@ def rank_sum_cpu(parts: Tensor, divisor: int, before: bool) -> Tensor:
 
 
 @jit
-def _rank_sum_kernel(parts, total, n, ranks, divisor, BEFORE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _divided(x, by, WIDE: tl.constexpr):
+    return x / by if WIDE else tl.div_rn(x, by)  # in float32 a plain division is approximate on NVIDIA
+
+
+@jit
+def _rank_sum_kernel(
+    parts, total, n, ranks, divisor, BEFORE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     by = tl.full([BLOCK], divisor, ACC)
     acc = tl.zeros([BLOCK], ACC)
-    for p in range(ranks):
-        part = tl.load(parts + p * n + i, mask=i < n, other=0).to(ACC)
-        acc += part / by if BEFORE else part
-    tl.store(total + i, (acc if BEFORE else acc / by).to(total.dtype.element_ty), mask=i < n)
+    source = parts + i
+    for _ in range(ranks):
+        part = tl.load(source, mask=i < n, other=0).to(ACC)
+        acc += _divided(part, by, WIDE) if BEFORE else part
+        source += n
+    tl.store(total + i, (acc if BEFORE else _divided(acc, by, WIDE)).to(total.dtype.element_ty), mask=i < n)
 
 
 def rank_sum_triton(parts: Tensor, divisor: int, before: bool) -> Tensor:
@@ -47,8 +56,9 @@ def rank_sum_triton(parts: Tensor, divisor: int, before: bool) -> Tensor:
     ranks, n = parts.shape
     total = parts.new_empty(n)
     if n:
+        wide = parts.dtype == torch.float64
         _rank_sum_kernel[(-(-n // BLOCK),)](
-            parts, total, n, ranks, divisor, BEFORE=before, ACC=compute_dtype(parts.dtype), BLOCK=BLOCK
+            parts, total, n, ranks, divisor, BEFORE=before, WIDE=wide, ACC=compute_dtype(parts.dtype), BLOCK=BLOCK
         )  # fmt: skip
     return total
 
