@@ -1,6 +1,6 @@
 """order[i] = the i-th flat index in the stable order of keys, without those of key -1; position[order[i]] = i; offsets[b] = end of key b.
 
-Costs two reads of the M keys and one write of order [size] and position [M], all int32, times bins / 64 on a GPU.
+Costs two reads of the M keys and one write of order [size] and position [M], all int32, times bins / 64 on a GPU; size keys are not -1.
 Integers only: no backward; `order` and `position` are each other's inverse, as gather and weighted_sum are each other's mirror.
 """
 

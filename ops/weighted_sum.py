@@ -1,6 +1,6 @@
 """y[m] = sum over j of weights[m, j] * rows[position[m, j]], in the order of j, where position[m, j] is not -1.
 
-Costs one read of N * D elements and one write of M * D; accumulates in float32 (float64 for float64).
+Costs one read of N * D elements and one write of M * D; accumulates in float32 (float64 for float64), weights not rounded to rows' dtype.
 Its backward is the op `weighted_sum_backward`; without weights it is the mirror of `gather`.
 """
 

@@ -94,7 +94,7 @@ def assert_same_layout(fake: Any, real: Any) -> None:
 class Guarded(TorchFunctionMode):
     """Allocates each tensor between two zones of a known byte, which nothing may write to; memory not written to holds it as well."""
 
-    ZONE, BYTE = 256, 0xA5
+    ZONE, BYTE = 2**14, 0xA5  # a zone is longer than a kernel's block, which then cannot jump over it
     ALLOCATORS = (torch.empty, torch.Tensor.new_empty, torch.zeros_like)
 
     def __init__(self) -> None:
