@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moecomm.capacity import check_experts, count_slots
-from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.slices import slice_gather
 
@@ -43,7 +43,7 @@ def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike =
     check_tensor("probabilities", probabilities, "[T, E]", dims=2)
     check_floating("probabilities", probabilities)
     check_experts(experts)
-    if experts.shape[0] != probabilities.shape[0]:
+    if differ(experts.shape[0], probabilities.shape[0]):
         wrong_value("experts", f"of shape {list(experts.shape)}", f"of probabilities' T = {probabilities.shape[0]} tokens")
     if experts.device != probabilities.device:
         wrong_value("experts", f"on {experts.device}", f"on probabilities' device, {probabilities.device}")
@@ -81,7 +81,10 @@ def z_loss(logits: Tensor) -> Tensor:
     check_floating("logits", logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     masked = (logits == -torch.inf).all(1)  # [T]
-    z = logits.masked_fill(masked.unsqueeze(1), 0).logsumexp(1).masked_fill(masked, 0)  # [T]
+    logits = logits.masked_fill(masked.unsqueeze(1), 0)
+    highest = logits.detach().amax(1)  # [T]
+    # Not torch.logsumexp, which cannot be traced where T is unbacked (torch 2.13).
+    z = ((logits - highest.unsqueeze(1)).exp().sum(1).log() + highest).masked_fill(masked, 0)  # [T]
     return z.square().sum() / (~masked).sum().clamp(min=1)
 
 

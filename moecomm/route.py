@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
 from moecomm.ops.choose import choose
@@ -84,7 +83,7 @@ def route(
     if normalize:
         chosen = _finite(logits.gather(1, index).masked_fill(dropped, -torch.inf))
         # A sum of scores can round to zero; their logarithms need no division.
-        weights = (chosen if score == "softmax" else logsigmoid(chosen)).softmax(1)
+        weights = (chosen if score == "softmax" else _log_sigmoid(chosen)).softmax(1)
     elif score == "softmax":
         weights = _scores(logits, score).gather(1, index)
     else:
@@ -94,6 +93,11 @@ def route(
 
 def _scores(logits: Tensor, score: str) -> Tensor:
     return logits.sigmoid() if score == "sigmoid" else _finite(logits).softmax(1)
+
+
+def _log_sigmoid(logits: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-logits))); torch.nn.functional.logsigmoid cannot be traced where T is unbacked (torch 2.13)."""
+    return -torch.logaddexp(-logits, torch.zeros_like(logits))
 
 
 def _finite(logits: Tensor) -> Tensor:
