@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moecomm.ops.choose import choose_triton
 from moecomm.ops.count import count_triton
 from moecomm.ops.gather import gather_triton
 from moecomm.ops.sort import sort_triton
@@ -58,6 +59,7 @@ def call_everything() -> None:
     for dtype in GATHERED:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
     for dtype in SUMMED:
+        choose_triton(torch.zeros(tokens, 6, dtype=dtype), k)
         x, rows = torch.zeros(tokens, d, dtype=dtype), torch.zeros(tokens * k, d, dtype=dtype)
         weighted_sum_triton(rows, None, order, position)
         weighted_sum_triton(rows, weights, order, position)
