@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from moecomm.errors import check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.ops import slice as ops
 
@@ -112,7 +112,7 @@ def _check_size(size: int | None, length: int | None) -> None:
         wrong_type("size", type(size).__name__, "an int or None")
     if size < 0:
         wrong_value("size", size, "0 or more")
-    if length is not None and size != length:
+    if length is not None and differ(size, length):
         wrong_value("size", size, f"{length}, the length of x along dim")
 
 

@@ -57,6 +57,21 @@ take_slice = define(
 )
 
 
+def pad_rows_fake(rows: Tensor, size: int) -> Tensor:
+    return rows.new_empty(size, *rows.shape[1:])
+
+
+def pad_rows_here(rows: Tensor, size: int) -> Tensor:
+    padded = rows.new_empty(size, *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    padded[rows.shape[0] :] = 0
+    return padded
+
+
+# An op, for what is missing may be no row or one, and the compiler would make a graph of its own for each of the two.
+pad_rows = define("pad_rows(Tensor rows, SymInt size) -> Tensor", pad_rows_fake, pad_rows_here, pad_rows_here)
+
+
 def pad_slice_fake(piece: Tensor, size: int, ranks: int, group: str) -> Tensor:
     return piece.new_empty(chunk_size(size, ranks), *piece.shape[1:])
 
@@ -66,10 +81,7 @@ def pad_slice_here(piece: Tensor, size: int, ranks: int, group: str) -> Tensor:
     _, own = chunk_bounds(size, ranks, rank)
     if piece.shape[0] != own:
         wrong_value("x", f"{piece.shape[0]} long in dim", f"{own} long, the slice of rank {rank} of {ranks} where size is {size}")
-    padded = piece.new_empty(chunk_size(size, ranks), *piece.shape[1:])  # [chunk, ...]
-    padded[:own] = piece
-    padded[own:] = 0
-    return padded
+    return pad_rows_here(piece, chunk_size(size, ranks))
 
 
 pad_slice = define("pad_slice(Tensor piece, SymInt size, int ranks, str group) -> Tensor", pad_slice_fake, pad_slice_here, pad_slice_here)
@@ -87,10 +99,8 @@ def all_gathered(pending: Tensor, chunk: Tensor, ranks: int) -> Tensor:
 
 def start_reduce(whole: Tensor, ranks: int, group: str) -> Tensor:
     """Start to send each rank its chunk of ``whole`` [size, ...]; to be finished by `reduced`."""
-    size = whole.shape[0]
-    chunk = chunk_size(size, ranks)
-    missing = whole.new_zeros(ranks * chunk - size, *whole.shape[1:])
-    padded = torch.cat([whole, missing])  # [ranks * chunk, ...], equal for all ranks: each may know it
+    chunk = chunk_size(whole.shape[0], ranks)
+    padded = pad_rows(whole, ranks * chunk)  # [ranks * chunk, ...], equal for all ranks: each may know it
     return funcol.all_to_all_single(padded, [chunk] * ranks, [chunk] * ranks, group)
 
 

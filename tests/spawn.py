@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -62,7 +63,8 @@ class Pool:
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         call = pickle.dumps((fn, args))
         for pipe in self.pipes:
-            pipe.send_bytes(call)
+            with suppress(OSError):  # a rank that has died since the last call: reading from its pipe says so
+                pipe.send_bytes(call)
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
@@ -77,7 +79,7 @@ class Pool:
                 rank = waiting[pipe]
                 try:
                     ok, value = pickle.loads(pipe.recv_bytes())
-                except EOFError:
+                except (EOFError, OSError):
                     self.processes[rank].join(1)
                     ok, value = False, f"died with exit code {self.processes[rank].exitcode}"
                 (results if ok else failures)[rank] = value
@@ -122,13 +124,14 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> No
     while True:
         try:
             fn, args = pickle.loads(pipe.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):
             return  # the parent needs no more, or is gone
         try:
             answer = pickle.dumps((True, fn(*args)))
         except Exception:
             answer = pickle.dumps((False, traceback.format_exc()))
-        pipe.send_bytes(answer)
+        with suppress(OSError):  # the parent waits no more
+            pipe.send_bytes(answer)
 
 
 _pools: dict[int, Pool] = {}

@@ -1,0 +1,268 @@
+"""Layers and slices as one graph: equal to eager mode, compiled once whatever the routing, and the same graph on every rank."""
+
+from __future__ import annotations
+
+import operator
+import textwrap
+from typing import Any
+from unittest.mock import patch
+
+import expecttest
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.functional import grouped_mm, silu
+
+import moecomm.functional as mf
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
+
+D, H, NUM_EXPERTS, K = 16, 24, 8, 2
+
+
+def layer(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, group: Any = None) -> Tensor:
+    plan = mf.plan(experts, weights, NUM_EXPERTS, group, like=x)
+    rows = mf.dispatch(x, plan)
+    if x.dtype == torch.bfloat16:
+        rows = grouped_mm(silu(grouped_mm(rows, up, offs=plan.offsets)), down, offs=plan.offsets)
+    else:  # that a compiler takes grouped_mm of bfloat16 alone is torch 2.13's rule: here each row looks its expert up
+        expert = torch.searchsorted(plan.offsets, torch.arange(rows.shape[0]), right=True)  # [N]
+        rows = (silu(rows.unsqueeze(1) @ up[expert]) @ down[expert]).squeeze(1)
+    return mf.combine(rows, plan)
+
+
+def parameters(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    seed = torch.Generator().manual_seed(dist.get_rank())
+    local = NUM_EXPERTS // dist.get_world_size()
+    up, down = (torch.randn(local, *shape, generator=seed).to(dtype) / shape[0] ** 0.5 for shape in ((D, H), (H, D)))
+    return up.requires_grad_(), down.requires_grad_()
+
+
+def tokens_here(seed: int, tokens: int, dtype: torch.dtype, routing: str) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's x, experts and weights."""
+    generator = torch.Generator().manual_seed(100 * seed + dist.get_rank())
+    x = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
+    experts = torch.randint(-1, NUM_EXPERTS, (tokens, K), generator=generator)
+    if routing == "all to one":
+        experts.fill_(NUM_EXPERTS - 1)
+    if routing == "all dropped":
+        experts.fill_(-1)
+    return x, experts, torch.rand(tokens, K, generator=generator).requires_grad_()
+
+
+def step(function: Any, tokens: tuple[Tensor, Tensor, Tensor], experts: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The layer's result, and the gradients of its floating arguments."""
+    x, ids, weights = tokens
+    y = function(x, ids, weights, *experts)
+    return [y.detach(), *torch.autograd.grad(y, (x, weights, *experts), torch.cos(torch.arange(y.numel()).view_as(y)).to(y.dtype))]
+
+
+# Each rank's number of tokens, uneven and 0 and 1 among them, and where they go.
+CALLS = [
+    ((5, 9, 2, 7), "random"),
+    ((0, 3, 1, 0), "random"),
+    ((4, 0, 0, 0), "random"),
+    ((1, 1, 1, 1), "random"),
+    ((6, 2, 30, 0), "all to one"),
+    ((8, 5, 3, 2), "all dropped"),
+    ((0, 0, 0, 0), "random"),
+    *(((3 + i, 17 - i, 2 * i, 5), "random") for i in range(6)),
+]
+
+
+def compiled_here(dtype: torch.dtype) -> None:
+    """A layer of unbacked T: compiled at the first call, and never again."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    experts = parameters(dtype)
+    eps = torch.finfo(dtype).eps  # the compiler fuses the experts, and so rounds less often: as much is tolerated as in test_layer.py
+    exchanges = 0 if dist.get_world_size() == 1 else 6  # and the counts' one, which is torch's own op
+    for seed, (tokens, routing) in enumerate(CALLS):
+        given = tokens_here(seed, tokens[dist.get_rank()], dtype, routing)
+        for tensor in given:
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        got = step(compiled, given, experts)
+        with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+            again = step(compiled, given, experts)
+        assert exchange.call_count == exchanges
+        for one, other, want in zip(got, again, step(layer, given, experts), strict=True):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+            largest = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+            torch.testing.assert_close(one, want, rtol=0, atol=8 * eps * largest)
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (4, torch.float32)])
+def test_a_compiled_layer_is_the_eager_one_bit_for_bit_again_and_never_recompiled(ranks: int, dtype: torch.dtype) -> None:
+    run_ranks(compiled_here, ranks, dtype, timeout=300)
+
+
+def automatic_here() -> None:
+    """Without a mark: the first T is a constant, the second makes it a variable, and that is all."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    experts = parameters(torch.float32)
+    for seed, tokens in enumerate(((5, 9), (5, 9), (7, 3), (2, 30), (4, 4), (50, 2))):
+        given = tokens_here(seed, tokens[dist.get_rank()], torch.float32, ["random", "all to one", "all dropped"][seed % 3])
+        for got, want in zip(step(compiled, given, experts), step(layer, given, experts), strict=True):
+            assert torch.equal(got, want)
+        assert counter.frame_count == (1 if seed < 2 else 2)
+
+
+def test_another_number_of_tokens_recompiles_once_and_another_routing_never() -> None:
+    run_ranks(automatic_here, 2, timeout=200)
+
+
+def refused_here() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, experts, weights = tokens_here(0, 5, torch.float32, "random")
+    for bad in ((x[:4], experts, weights), (x, experts, weights[:4]), (x, experts.float(), weights)):
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):  # fullgraph: Dynamo's, that names the error it traced
+            compiled(*bad, *parameters(torch.float32))
+    x, experts, weights = tokens_here(0, 5, torch.float32, "random")
+    experts[3, 1] = NUM_EXPERTS
+    with pytest.raises(ValueError, match="ids must be in"):
+        compiled(x, experts, weights, *parameters(torch.float32))
+
+
+def test_a_compiled_layer_refuses_what_the_eager_one_refuses() -> None:
+    run_ranks(refused_here, 2, timeout=200)
+
+
+def text_of(graph: torch.fx.Graph) -> str:
+    """The graph as Python would write it, without the nodes that only reckon with sizes and assert them."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "placeholder" or (node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)):
+            continue
+        if node.op == "output":
+            lines += textwrap.wrap("return " + ", ".join(map(str, node.args[0])), 120, subsequent_indent="    ")
+            continue
+        name = node.target.name()
+        if name.startswith(("aten::_assert", "aten::sym_")):
+            continue
+        parts = {user.args[1]: user.name for user in node.users if user.target is operator.getitem}
+        results = [parts.get(i, "_") for i in range(len(node.target._schema.returns))] if parts else [node.name]
+        arguments = ["GROUP" if isinstance(argument, str) else str(argument) for argument in node.args]
+        lines.append(f"{', '.join(results)} = {name}({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
+def graphs_here() -> tuple[str, str]:
+    """The forward and backward graph of a layer, as the compiler gets them."""
+    torch._dynamo.reset()
+    texts: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        texts.append(text_of(module.graph))
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    given = tokens_here(0, 5 + dist.get_rank(), torch.bfloat16, "random")
+    for tensor in given:
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    step(compiled, given, parameters(torch.bfloat16))
+    forward, backward = texts
+    return forward, backward
+
+
+def test_all_ranks_have_one_graph_and_it_is_this() -> None:
+    (forward, backward), other = run_ranks(graphs_here, 2, timeout=200)
+    assert other == (forward, backward)
+    expecttest.assert_expected_inline(
+        forward,
+        """\
+getitem, getitem_1 = moecomm::count(primals_2, 8, 2, [2, 8, 15, 16, 0])
+all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
+wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
+getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
+getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
+slots_exchange = moecomm::slots_exchange(primals_2, primals_4, getitem, getitem_6, 4, getitem_5, getitem_3, GROUP)
+wait_tensor_1 = _c10d_functional::wait_tensor(slots_exchange)
+getitem_9, getitem_10 = moecomm::unpack_slots(wait_tensor_1, 2, 4, torch.float32)
+getitem_11, getitem_12, getitem_13 = moecomm::counting_sort(getitem_9, 4, getitem_4)
+view = aten::view(primals_6, [primals_1, 16])
+dispatch_exchange = moecomm::dispatch_exchange(view, getitem_6, 2, getitem_5, getitem_3, GROUP)
+wait_tensor_2 = _c10d_functional::wait_tensor(dispatch_exchange)
+gather = moecomm::gather(wait_tensor_2, getitem_11, getitem_12)
+view_1 = aten::view(gather, [getitem_4, 16])
+_grouped_mm = aten::_grouped_mm(view_1, primals_7, getitem_13)
+silu = aten::silu(_grouped_mm)
+_grouped_mm_1 = aten::_grouped_mm(silu, primals_8, getitem_13)
+view_2 = aten::view(_grouped_mm_1, [getitem_4, 16])
+combine_exchange = moecomm::combine_exchange(view_2, getitem_10, getitem_11, getitem_12, getitem_5, getitem_2, GROUP)
+wait_tensor_3 = _c10d_functional::wait_tensor(combine_exchange)
+weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, getitem_6, getitem_7)
+view_3 = aten::view(weighted_sum, [primals_1, 16])
+transpose = aten::transpose.int(silu, -2, -1)
+transpose_1 = aten::transpose.int(primals_8, -2, -1)
+transpose_2 = aten::transpose.int(view_1, -2, -1)
+transpose_3 = aten::transpose.int(primals_7, -2, -1)
+return view_3, getitem_5, getitem_6, getitem_7, getitem_10, getitem_11, getitem_12, getitem_13, _grouped_mm, view_2,
+    transpose, transpose_1, transpose_2, transpose_3, primals_5, getitem_2, getitem_3, getitem_4""",
+    )
+    expecttest.assert_expected_inline(
+        backward,
+        """\
+view_4 = aten::view(tangents_1, [primals_5, 16])
+dispatch_exchange_1 = moecomm::dispatch_exchange(view_4, getitem_6, 2, getitem_5, getitem_3, GROUP)
+wait_tensor_4 = _c10d_functional::wait_tensor(dispatch_exchange_1)
+getitem_14, getitem_15 = moecomm::weighted_sum_backward(wait_tensor_4, view_2, getitem_10, getitem_11, getitem_12)
+view_5 = aten::view(getitem_14, [getitem_4, 16])
+_grouped_mm_2 = aten::_grouped_mm(transpose, view_5, getitem_13)
+_grouped_mm_3 = aten::_grouped_mm(view_5, transpose_1, getitem_13)
+silu_backward = aten::silu_backward(_grouped_mm_3, _grouped_mm)
+_grouped_mm_4 = aten::_grouped_mm(transpose_2, silu_backward, getitem_13)
+_grouped_mm_5 = aten::_grouped_mm(silu_backward, transpose_3, getitem_13)
+view_6 = aten::view(_grouped_mm_5, [getitem_4, 16])
+combine_exchange_1 = moecomm::combine_exchange(view_6, None, getitem_11, getitem_12, getitem_5, getitem_2, GROUP)
+wait_tensor_5 = _c10d_functional::wait_tensor(combine_exchange_1)
+weighted_sum_1 = moecomm::weighted_sum(wait_tensor_5, None, getitem_6, getitem_7)
+view_7 = aten::view(weighted_sum_1, [primals_5, 16])
+return_exchange = moecomm::return_exchange(getitem_15, getitem_5, getitem_2, GROUP)
+wait_tensor_6 = _c10d_functional::wait_tensor(return_exchange)
+weighted_sum_2 = moecomm::weighted_sum(wait_tensor_6, None, getitem_6, getitem_7)
+return None, None, None, weighted_sum_2, None, view_7, _grouped_mm_4, _grouped_mm_2""",
+    )
+
+
+def slices(x: Tensor, piece: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A round trip, and both kinds of gather."""
+    whole = mf.slice_gather(mf.slice_scatter(x, None, dim).sin(), None, dim, size=size)
+    return whole, mf.slice_gather(piece, None, dim, size=size), mf.slice_gather(piece, None, dim, grad="reduce", size=size)
+
+
+def slices_here(backend: str) -> None:
+    torch._dynamo.reset()
+    rank = dist.get_rank()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(slices, fullgraph=True, dynamic=True, backend=counter)
+    for dim in (0, 1):
+        for size in (5, 9, 6, 7):
+            shape = [3, 3]
+            shape[dim] = size
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64).requires_grad_()
+            piece = mf.slice_scatter(x.detach(), None, dim).requires_grad_()
+            torch._dynamo.decorators.mark_unbacked(piece, dim)  # this rank's may be empty
+            answers = []
+            for function in (slices, compiled):
+                results = function(x, piece, dim, size)
+                scaled = sum((result * (rank + 1) * (i + 1)).cos().sum() for i, result in enumerate(results))
+                answers.append([*results, *torch.autograd.grad(scaled, (x, piece))])
+            for want, got in zip(*answers, strict=True):
+                torch.testing.assert_close(got, want)
+        assert counter.frame_count == dim + 1, f"another size must not recompile: {size}"
+
+
+@pytest.mark.parametrize(("ranks", "backend"), [(1, "aot_eager"), (2, "inductor"), (4, "aot_eager")])
+def test_compiled_slices_are_the_eager_ones_whatever_the_size(ranks: int, backend: str) -> None:
+    run_ranks(slices_here, ranks, backend, timeout=200)
