@@ -173,6 +173,7 @@ def test_without_a_bias_experts_are_told_apart_whose_scores_round_to_the_same_nu
     logits = torch.tensor([[0.0, 300.0, 1.0, 2.0], [30.0, 40.0, 50.0, 20.0]])
     assert mf.route(logits, 3)[1].tolist() == [[1, 3, 2], [2, 1, 0]]
     assert mf.route(logits, 3, score="sigmoid")[1].tolist() == [[1, 3, 2], [2, 1, 0]]
+    assert mf.route(logits, 3, num_groups=2, top_groups=2)[1].tolist() == [[1, 3, 2], [2, 1, 0]]
 
 
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
@@ -183,7 +184,7 @@ def test_experts_with_a_logit_of_minus_infinity_are_never_chosen(score: str, nor
     logits = normal(40, 8, seed=4, dtype=torch.float32)
     logits[torch.rand(40, 8, generator=torch.Generator().manual_seed(5)) < 0.7] = -INF
     logits[3], logits[4, 1:] = -INF, -INF
-    for bias in (None, 5 * normal(8, seed=6).abs()):
+    for bias in (None, 5 * normal(8, seed=6).abs(), -5 * normal(8, seed=6).abs()):
         check(logits, 2, score=score, normalize=normalize, bias=bias, **groups)
 
 
