@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moecomm.errors import MoECommError, check_tensor, wrong_type, wrong_value
-from moecomm.group import Group, GroupLike, resolve_group
+from moecomm.group import Group, GroupLike, process_group, resolve_group
 from moecomm.ops import sync as ops
 from moecomm.ops.exchange import wait
 from moecomm.ops.slice import all_gathered, start_all_gather
@@ -166,19 +168,19 @@ def sync_grads_(
     with torch.no_grad():
         grads = [_gradient(param) for param in tensors]
         buckets = _buckets(grads, bucket_bytes)
-        flats = [_with_flags([grads[i] for i in bucket], [tensors[i] for i in bucket]) for bucket in buckets]
-        divisor = ranks.size if reduce == "mean" else 1
-        for bucket, flat in zip(buckets, ops.all_reduce(flats, divisor, ranks.size, ranks.name, scale == "before"), strict=True):
+        sent = [[*(grads[i] for i in bucket), _flags([tensors[i] for i in bucket], grads[bucket[0]])] for bucket in buckets]
+        flats = ops.all_reduce(sent, ranks.size if reduce == "mean" else 1, ranks.size, ranks.name, scale == "before")
+        for bucket, flat in zip(buckets, flats, strict=True):
             _write_back([tensors[i] for i in bucket], [grads[i] for i in bucket], flat)
 
 
-def _with_flags(grads: list[Tensor], params: list[Tensor]) -> Tensor:
-    """The gradients, one behind the other, and for each parameter whether it has one: their sum tells whether any rank has."""
-    flags = grads[0].new_ones(len(params))
+def _flags(params: list[Tensor], like: Tensor) -> Tensor:
+    """1 for each parameter that has a gradient, of the dtype of what they travel with: their sum tells whether any rank has one."""
+    flags = like.new_ones(len(params))
     for i, param in enumerate(params):
         if param.grad is None:
             flags[i] = 0
-    return ops.flatten([*grads, flags])
+    return flags
 
 
 def _write_back(params: list[Tensor], grads: list[Tensor], flat: Tensor) -> None:
@@ -253,7 +255,7 @@ def _check_place(tensors: Sequence[Tensor], group: Group) -> None:
         if tensor.device != tensors[0].device:
             wrong_value("params", f"on {tensors[0].device} and on {tensor.device}", "on one device")
         if isinstance(tensor, DTensor) and (i := mesh_dim(tensor, group)) is not None and not tensor.placements[i].is_replicate():
-            wrong_value("params", f"a DTensor with {tensor.placements[i]} on the group's mesh dim {i}", "one with Replicate() there")
+            wrong_value("params", f"a DTensor with {tensor.placements[i]!r} on the group's mesh dim {i}", "one with Replicate() there")
 
 
 def _check_src(src: int, group: Group) -> None:
@@ -265,10 +267,12 @@ def _check_src(src: int, group: Group) -> None:
 
 def _check_alike(tensors: list[Tensor], group: Group) -> None:
     """Raise, alike on every rank, where the ranks' tensors do not fit together; one small exchange, read by the host."""
-    shapes = repr([(tensor.dtype, list(tensor.shape)) for tensor in tensors]).encode()
-    elements = sum(tensor.numel() for tensor in tensors)
-    mine = torch.tensor([[len(tensors), elements, zlib.crc32(shapes)]], device=tensors[0].device)  # [1, 3]
-    rows = all_gathered(start_all_gather(mine, group.size, group.name), mine, group.size).tolist()  # [P, 3]
-    if any(row != rows[0] for row in rows):
-        passed = ", ".join(f"{count} tensors of {size} elements on rank {rank}" for rank, (count, size, _) in enumerate(rows))
-        raise MoECommError(f"params was {passed} of the group; it must be of the same shapes and dtypes on every rank")
+    mine = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors]
+    digest = torch.tensor([zlib.crc32(repr(mine).encode())], device=tensors[0].device)  # [1]
+    digests = all_gathered(start_all_gather(digest, group.size, group.name), digest, group.size).tolist()  # [P]
+    if len(set(digests)) > 1:
+        ranks: list[Any] = [None] * group.size
+        dist.all_gather_object(ranks, mine, process_group(group.name))
+        at = next(i for i, what in enumerate(zip_longest(*ranks)) if len(set(what)) > 1)
+        passed = ", ".join(f"{theirs[at] if at < len(theirs) else 'missing'} on rank {rank}" for rank, theirs in enumerate(ranks))
+        raise MoECommError(f"params' tensor {at} was {passed} of the group; it must be of the same dtype and shape on every rank")

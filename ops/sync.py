@@ -17,7 +17,7 @@ from torch import Tensor
 from moecomm.group import process_group
 from moecomm.ops.library import LIBRARY, define
 from moecomm.ops.rank_sum import rank_sum
-from moecomm.ops.slice import all_gathered, funcol, start_all_gather
+from moecomm.ops.slice import all_gathered, chunk_size, funcol, start_all_gather
 
 START = "start_broadcast(Tensor[] tensors, int src, str group) -> Tensor"
 SPLIT = "split_copy(Tensor flat, SymInt[] sizes) -> Tensor[]"
@@ -25,7 +25,7 @@ SYNC = "sync_params(Tensor[] params, int src, int? divisor, int ranks, str group
 
 
 def start_broadcast_fake(tensors: Sequence[Tensor], src: int, group: str) -> Tensor:
-    return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+    return tensors[0].new_empty(_length(tensors))
 
 
 def start_broadcast_here(tensors: Sequence[Tensor], src: int, group: str) -> Tensor:
@@ -66,8 +66,12 @@ def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(buckets.values())
 
 
-def all_reduce(flats: Sequence[Tensor], divisor: int, ranks: int, group: str, before: bool = False) -> list[Tensor]:
-    """The sums over the ranks of flat tensors, divided; what can be sent is sent before anything is waited for."""
+def all_reduce(buckets: Sequence[Sequence[Tensor]], divisor: int, ranks: int, group: str, before: bool = False) -> list[Tensor]:
+    """For each bucket of tensors of one dtype their sums over the ranks, divided, one behind the other.
+
+    What can be sent is sent before anything is waited for.
+    """
+    flats = [_padded(bucket, ranks) for bucket in buckets]
     exchanged = [_start_exchange(flat, ranks, group) for flat in flats]
     sums, gathered = [], []
     for flat, parts in zip(flats, exchanged, strict=True):
@@ -75,15 +79,23 @@ def all_reduce(flats: Sequence[Tensor], divisor: int, ranks: int, group: str, be
         sums.append(rank_sum(mine, divisor, before))  # [chunk]
         gathered.append(start_all_gather(sums[-1], ranks, group))
     wholes = [all_gathered(pending, total, ranks) for pending, total in zip(gathered, sums, strict=True)]  # [P * chunk] each
-    return [whole.narrow(0, 0, flat.shape[0]) for whole, flat in zip(wholes, flats, strict=True)]
+    return [whole.narrow(0, 0, _length(bucket)) for whole, bucket in zip(wholes, buckets, strict=True)]
+
+
+def _length(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _padded(tensors: Sequence[Tensor], ranks: int) -> Tensor:
+    """The tensors, one behind the other, and zeros, so that each rank has a chunk of the same length and none an empty one."""
+    length = _length(tensors)
+    return flatten([*tensors, tensors[0].new_zeros(ranks * max(1, chunk_size(length, ranks)) - length)])
 
 
 def _start_exchange(flat: Tensor, ranks: int, group: str) -> Tensor:
-    """Start to send each rank its chunk of a flat tensor, as bytes; no chunk is empty."""
-    chunk = max(1, -(-flat.shape[0] // ranks))
-    padded = torch.cat([flat, flat.new_zeros(ranks * chunk - flat.shape[0])])
-    split = [chunk * flat.dtype.itemsize] * ranks
-    return funcol.all_to_all_single(padded.view(torch.uint8), split, split, group)
+    """Start to send each rank its chunk, as bytes."""
+    split = [flat.numel() // ranks * flat.itemsize] * ranks
+    return funcol.all_to_all_single(flat.view(torch.uint8), split, split, group)
 
 
 class _SyncParams(torch.autograd.Function):
@@ -117,9 +129,9 @@ class _ReduceGrads(torch.autograd.Function):
     @staticmethod
     def forward(divisor: int, ranks: int, group: str, *grads: Tensor) -> tuple[Tensor, ...]:
         buckets = by_dtype(grads)
-        flats = [flatten([grads[i] for i in bucket]) for bucket in buckets]
+        flats = all_reduce([[grads[i] for i in bucket] for bucket in buckets], divisor, ranks, group)
         reduced = list(grads)
-        for bucket, flat in zip(buckets, all_reduce(flats, divisor, ranks, group), strict=True):
+        for bucket, flat in zip(buckets, flats, strict=True):
             _put(reduced, bucket, flat)
         return tuple(reduced)
 
