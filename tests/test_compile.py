@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import textwrap
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import grouped_mm, silu
 
 import moecomm.functional as mf
@@ -118,6 +120,23 @@ def automatic_here() -> None:
 
 def test_another_number_of_tokens_recompiles_once_and_another_routing_never() -> None:
     run_ranks(automatic_here, 2, timeout=200)
+
+
+def groups_here() -> None:
+    """Each pair of ranks has a layer of its own, whatever names the pair."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    up, down = (torch.ones(NUM_EXPERTS // 2, *shape, dtype=torch.bfloat16).requires_grad_() for shape in ((D, H), (H, D)))
+    given = tokens_here(0, 3 + dist.get_rank(), torch.bfloat16, "random")
+    for group in (mesh["ep"], (mesh, 1), mesh.get_group("ep"), mesh.get_group("ep").group_name):
+        torch._dynamo.reset()
+        here = partial(layer, group=group)
+        compiled = torch.compile(here, fullgraph=True, backend="aot_eager")
+        for got, want in zip(step(compiled, given, (up, down)), step(here, given, (up, down)), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_layer_compiles_with_any_name_of_its_group() -> None:
+    run_ranks(groups_here, 4, timeout=200)
 
 
 def refused_here() -> None:
