@@ -111,10 +111,12 @@ class Pool:
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> None:
     import torch
+    import torch._functorch.config
     import torch._inductor.config
     import torch.distributed as dist
 
     torch._inductor.config.compile_threads = 1  # no pool of compile workers for each rank: there are more ranks than cores
+    torch._functorch.config.enable_autograd_cache = False  # it knows an op by its name, and would give what the op was before an edit
     stack_file = open(stack, "w")  # noqa: SIM115 - faulthandler needs it for the life of the process
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
     torch.set_num_threads(1)
