@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)  ## train a small Mixture-of-Experts language model on 4 processes; make demo ARGS="--help"
-	$(BIN)/python tutorials/demo.py $(ARGS)
+	$(BIN)/python -m tutorials.demo $(ARGS)
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest $(ARGS)
