@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moecomm.errors import check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_experts, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.ops.slice import all_gathered, start_all_gather, take_slice
 from moecomm.ops.sort import counting_sort
@@ -42,7 +41,7 @@ def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: G
             [ 1, -1]])
     """
     check_experts(experts)
-    if experts.dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+    if not experts.dtype.is_signed:
         wrong_type("experts", f"of dtype {experts.dtype}", "of a signed integer dtype, which can hold -1")
     for name, value, least in (("num_experts", num_experts, 1), ("capacity", capacity, 0)):
         if not isinstance(value, int) or isinstance(value, bool):
@@ -78,10 +77,3 @@ def count_slots(experts: Tensor, num_experts: int) -> Slots:
     ends = ends[:num_experts].long()
     counts = ends.diff(prepend=ends.new_zeros(1))
     return Slots(keys, position, ends - counts, counts)
-
-
-def check_experts(experts: Tensor) -> None:
-    """Raise unless ``experts`` is [T, K] of an integer dtype."""
-    check_tensor("experts", experts, "[T, K]", dims=2)
-    if experts.dtype.is_floating_point or experts.dtype.is_complex or experts.dtype == torch.bool:
-        wrong_type("experts", f"of dtype {experts.dtype}", "of an integer dtype")

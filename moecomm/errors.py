@@ -7,6 +7,8 @@ from typing import NoReturn
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
 
 class MoECommError(RuntimeError):
     """What the ranks of a group passed does not fit together; raised alike on every rank of the group."""
@@ -32,6 +34,13 @@ def check_tensor(argument: str, value: object, shape: str, dims: int | None = No
         wrong_type(argument, type(value).__name__, f"a tensor {shape}")
     if dims is not None and value.dim() != dims:
         wrong_value(argument, f"of shape {list(value.shape)}", f"of shape {shape}")
+
+
+def check_experts(experts: torch.Tensor) -> None:
+    """Raise unless ``experts`` is [T, K], of an integer dtype that torch computes in."""
+    check_tensor("experts", experts, "[T, K]", dims=2)
+    if experts.dtype not in INTEGERS:
+        wrong_type("experts", f"of dtype {experts.dtype}", "of dtype int8, int16, int32, int64 or uint8")
 
 
 def check_floating(argument: str, value: torch.Tensor) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecomm.capacity import check_experts, count_slots
-from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
+from moecomm.capacity import count_slots
+from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.slices import slice_gather
 

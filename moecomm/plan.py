@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.ops.count import count
 from moecomm.ops.exchange import wait
@@ -93,9 +93,7 @@ def plan(experts: Tensor, weights: Tensor, num_experts: int, group: GroupLike = 
 
 
 def _check(experts: Tensor, weights: Tensor, num_experts: int, ranks: int, like: Tensor | None) -> None:
-    check_tensor("experts", experts, "[T, K]", dims=2)
-    if experts.dtype.is_floating_point or experts.dtype.is_complex or experts.dtype == torch.bool:
-        wrong_type("experts", f"of dtype {experts.dtype}", "of an integer dtype")
+    check_experts(experts)
     check_tensor("weights", weights, "[T, K]", dims=2)
     check_floating("weights", weights)
     if differ(weights.shape[0], experts.shape[0]) or differ(weights.shape[1], experts.shape[1]):

@@ -31,8 +31,8 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
     """The parameters as rank ``src`` has them, on every rank: with its backward, data parallelism as one function.
 
     ``torch.func.functional_call(model, sync_params(dict(model.named_parameters()), group), (x,))`` runs the model; after ``backward()``
-    every rank has the mean gradient in ``.grad``, and the same optimizer step keeps the ranks alike. Works under `torch.func.grad` as
-    well.
+    every rank has the mean gradient in ``.grad``, and the same optimizer step keeps the ranks alike. `torch.func.grad` works as well,
+    in eager mode; compile the forward pass, and its ``backward()`` is compiled with it.
 
     Args:
         params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...) of any shapes and dtypes, on one device; of the same
@@ -46,7 +46,8 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
 
     Backward: "mean" or "sum" of the ranks' gradients, on every rank: one all-to-all and one all-gather a dtype for all parameters
     together, added up in the order of the ranks in float32 (float64 for float64) and rounded once, and so the same bits on all ranks,
-    run after run. What gets no gradient on a rank counts as zeros. None: nothing is sent. The second derivative is likewise reduced.
+    run after run. What gets no gradient on a rank counts as zeros. None: nothing is sent. In eager mode there
+    is a second derivative, reduced alike.
 
     Raises TypeError where ``params`` holds anything but tensors or ``src`` is no int; ValueError where ``src`` is no rank of the group,
     ``grad`` not one of the three, the tensors are on several devices, or a DTensor is sharded over the group.

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from moecomm.errors import wrong_value
 from moecomm.group import process_group
 from moecomm.ops.library import LIBRARY, define
+from moecomm.ops.rank_sum import rank_sum
 
 funcol = torch.ops._c10d_functional  # each starts an exchange and registers its Work; wait_tensor waits
 
@@ -104,13 +105,11 @@ def start_reduce(whole: Tensor, ranks: int, group: str) -> Tensor:
     return funcol.all_to_all_single(padded, [chunk] * ranks, [chunk] * ranks, group)
 
 
-def reduced(pending: Tensor, ranks: int, scale: float = 1.0) -> Tensor:
-    """Wait for what `start_reduce` began, add it up and scale it, rounding once: [chunk, ...]."""
-    parts = funcol.wait_tensor(pending)
-    parts = parts.view(ranks, parts.shape[0] // ranks, *parts.shape[1:])  # [ranks, chunk, ...]
-    low = parts.dtype.is_floating_point and parts.dtype.itemsize < 4
-    total = parts.sum(0, dtype=torch.float32 if low else parts.dtype)
-    return (total if scale == 1.0 else total * scale).to(parts.dtype)
+def reduced(pending: Tensor, ranks: int) -> Tensor:
+    """Wait for what `start_reduce` began and add it up: [chunk, ...]."""
+    parts = funcol.wait_tensor(pending)  # [ranks * chunk, ...]
+    chunk = parts.shape[0] // ranks
+    return rank_sum(parts.view(ranks, -1), 1, False).view(chunk, *parts.shape[1:])
 
 
 class _Scatter(torch.autograd.Function):

@@ -35,7 +35,7 @@ def run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 6
     pool = _pools.get(ranks) or _pools.setdefault(ranks, Pool(ranks))
     try:
         return pool.run(fn, args, timeout)
-    except RankFailed:
+    except BaseException:  # an answer that cannot be read, or Ctrl-C, leaves answers behind that a next call would take for its own
         _pools.pop(ranks).end()
         raise
 

@@ -44,10 +44,19 @@ def wrong_plans() -> dict[str, Wrong]:
             lambda: mf.plan(experts[:, 0], weights, E), ValueError, "experts was of shape [3]; it must be of shape [T, K]"
         ),
         "float experts": Wrong(
-            lambda: mf.plan(weights, weights, E), TypeError, "experts was of dtype torch.float32; it must be of an integer dtype"
+            lambda: mf.plan(weights, weights, E),
+            TypeError,
+            "experts was of dtype torch.float32; it must be of dtype int8, int16, int32, int64 or uint8",
         ),
         "bool experts": Wrong(
-            lambda: mf.plan(experts > 0, weights, E), TypeError, "experts was of dtype torch.bool; it must be of an integer dtype"
+            lambda: mf.plan(experts > 0, weights, E),
+            TypeError,
+            "experts was of dtype torch.bool; it must be of dtype int8, int16, int32, int64 or uint8",
+        ),
+        "experts of a dtype that torch hardly computes in": Wrong(
+            lambda: mf.plan(experts.to(torch.uint16), weights, E),
+            TypeError,
+            "experts was of dtype torch.uint16; it must be of dtype int8, int16, int32, int64 or uint8",
         ),
         "weights that are None": Wrong(lambda: mf.plan(experts, None, E), TypeError, "weights was NoneType; it must be a tensor [T, K]"),
         "int weights": Wrong(

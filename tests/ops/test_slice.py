@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.library import opcheck
 
-from moecomm.ops.slice import pad_slice, slice_gather, slice_reduce, slice_scatter, take_slice
+from moecomm.ops.slice import pad_rows, pad_slice, slice_gather, slice_reduce, slice_scatter, take_slice
 from tests.ops.cases import COMPOSED, assert_within_rounding, check_gradients_across_ranks, seeded
 from tests.spawn import run_ranks
 
@@ -118,6 +118,7 @@ def opcheck_all(size: int) -> None:
     piece = chunks(x, 0, ranks)[dist.get_rank()].clone()
     opcheck(take_slice, (x, 0, None, ranks, name))
     opcheck(take_slice, (x, 0, piece.shape[0], ranks, name))
+    opcheck(pad_rows, (x, size + 2))
     opcheck(pad_slice, (piece, size, ranks, name))
     opcheck(slice_scatter, (x.requires_grad_(), 0, None, ranks, name))
     opcheck(slice_gather, (piece.requires_grad_(), 0, size, ranks, name, False), test_utils=COMPOSED)
