@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from moecomm.ops.choose import choose_triton
 from moecomm.ops.count import count_triton
 from moecomm.ops.gather import gather_triton
+from moecomm.ops.rank_sum import rank_sum_triton
 from moecomm.ops.sort import sort_triton
 from moecomm.ops.weighted_sum import weighted_sum_triton
 from moecomm.ops.weighted_sum_backward import backward_triton
@@ -59,6 +60,8 @@ def call_everything() -> None:
     for dtype in GATHERED:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
     for dtype in SUMMED:
+        for before in (False, True):
+            rank_sum_triton(torch.zeros(3, 7, dtype=dtype), 3, before)
         choose_triton(torch.zeros(tokens, 6, dtype=dtype), k)
         x, rows = torch.zeros(tokens, d, dtype=dtype), torch.zeros(tokens * k, d, dtype=dtype)
         weighted_sum_triton(rows, None, order, position)
