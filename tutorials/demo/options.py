@@ -17,7 +17,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8, help="experts a layer; a multiple of --ep; default %(default)s")
     parser.add_argument("--top-k", type=int, default=2, help="experts a token; default %(default)s")
     parser.add_argument("--data", type=Path, help="a text file, or a folder of them; default: the sources of Python's standard library")
-    parser.add_argument("--steps", type=int, default=320, help="training steps; default %(default)s")
+    parser.add_argument("--steps", type=int, default=240, help="training steps; default %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, of all ranks together; default %(default)s")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly, without torch.compile")
