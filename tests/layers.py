@@ -1,0 +1,25 @@
+"""The layers of `one_process.py` as users write them with moecomm: what the tests of the ways of parallelism are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+import moecomm.functional as mf
+from moecomm.group import GroupLike
+
+
+def experts_by_row(rows: Tensor, into: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
+    """rows [N, D] through their experts, into [L, H, D] and out [L, D, H]: in any dtype, and traceable, where grouped_mm is neither."""
+    expert = torch.searchsorted(offsets, torch.arange(rows.shape[0], dtype=offsets.dtype, device=rows.device), right=True)  # [N]
+    return torch.einsum("ndh,nh->nd", out[expert], silu(torch.einsum("nhd,nd->nh", into[expert], rows)))
+
+
+def moe(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, k: int, group: GroupLike, tokens: GroupLike) -> tuple[Tensor, Tensor]:
+    """x [T, D] of this rank through the experts of ``group``, and the balance loss over all ranks of ``tokens``."""
+    logits = x @ gate.T  # [T, E]
+    weights, experts = mf.route(logits, k)
+    plan = mf.plan(experts, weights, gate.shape[0], group, like=x)
+    rows = experts_by_row(mf.dispatch(x, plan), into, out, plan.offsets)
+    return mf.combine(rows, plan), mf.load_balance_loss(logits.softmax(-1), experts, tokens)

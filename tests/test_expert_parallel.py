@@ -1,0 +1,67 @@
+"""Experts spread over ep ranks and repeated over edp, the rest repeated over all: the same training as on one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import mse_loss
+
+import moecomm.functional as mf
+from tests import layers, one_process
+from tests.one_process import BALANCE, RATE, Run, Sizes
+from tests.spawn import run_ranks
+
+STEPS = 6
+
+
+def train(sizes: Sizes, ranks: int, ep: int, compiled: bool) -> Run:
+    """`one_process.train` on this rank's share of the batch and of the experts."""
+    mesh = init_device_mesh("cpu", (ranks // ep, ep), mesh_dim_names=("edp", "ep"))
+    rank, mine = mesh.get_rank(), mesh.get_local_rank("ep")
+    parameters = {
+        name: (p.chunk(ep)[mine] if "experts" in name else p).clone().requires_grad_() for name, p in one_process.initial(sizes).items()
+    }
+    groups = {name: mesh["edp"] if "experts" in name else None for name in parameters}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=RATE)
+
+    def forward(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        balances = []
+        for i in range(sizes.layers):
+            own = {name.removeprefix(f"{i}."): p for name, p in parameters.items() if name.startswith(f"{i}.")}
+            x = x + one_process.dense(x, own["dense.into"], own["dense.out"])
+            z, balance = layers.moe(x.flatten(0, 1), own["gate"], own["experts.into"], own["experts.out"], sizes.top_k, mesh["ep"], None)
+            x = x + z.view_as(x)
+            balances.append(balance)
+        return mse_loss(x @ parameters["head"].T, y) + BALANCE * torch.stack(balances).sum()
+
+    step_loss = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
+    losses, norms = [], []
+    for step in range(STEPS):
+        x, y = (whole.chunk(ranks)[rank] for whole in one_process.batch(sizes, step))
+        loss = step_loss(parameters, x, y)
+        (loss / ranks).backward()
+        for name, p in parameters.items():
+            mf.sync_grads_([p], groups[name], reduce="sum")
+        squares = {name: p.grad.square().sum() for name, p in parameters.items()}
+        experts = torch.stack([s for name, s in squares.items() if "experts" in name]).sum()
+        experts = mf.slice_gather(experts[None], mesh["ep"]).sum()
+        norms.append((experts + torch.stack([s for name, s in squares.items() if "experts" not in name]).sum()).sqrt().item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mf.slice_gather(loss.detach()[None], None).mean().item())
+    whole = {name: mf.slice_gather(p.detach(), mesh["ep"]) if "experts" in name else p.detach() for name, p in parameters.items()}
+    return Run(losses, norms, whole)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (4, 2), (4, 4), (4, 1)])
+def test_expert_parallel_training_is_that_of_one_process(ranks: int, ep: int, compiled: bool) -> None:
+    sizes = Sizes()
+    expected = one_process.train(sizes, STEPS)
+    for run in run_ranks(train, ranks, sizes, ranks, ep, compiled):
+        # float64 on both sides: only the order of sums differs.
+        torch.testing.assert_close(run.losses, expected.losses, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(run.norms, expected.norms, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(run.parameters, expected.parameters, rtol=1e-8, atol=1e-10)
