@@ -1,4 +1,4 @@
-"""The training that every way of parallelism must repeat: a small model with dense and MoE layers on one process, in float64, by torch alone."""
+"""The training that every way of parallelism must repeat: a model of dense and MoE layers on one process, in float64, in plain torch."""
 
 from __future__ import annotations
 
