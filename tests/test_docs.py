@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TUTORIAL = "tutorials/01_your_own_moe_layer.py"
+LAYER = "tutorials/01_your_own_moe_layer.py"
+FROM_FASTMOE = "tutorials/03_from_fastmoe.py"
 
 
 def test_the_snippet_of_the_readme_runs() -> None:
@@ -22,8 +23,10 @@ def test_the_snippet_of_the_readme_runs() -> None:
         assert names["y"].shape == names["x"].shape  # type: ignore[attr-defined]
 
 
-def tutorial(*launcher: str) -> dict[str, float]:
-    command = [sys.executable, *launcher, TUTORIAL]
+def tutorial(script: str, ranks: int = 1) -> dict[str, float]:
+    """The errors that a tutorial prints, run alone or by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return {name: float(error) for name, error in re.findall(r"(\w+): mean squared error (\S+)", done.stdout)}
@@ -31,15 +34,20 @@ def tutorial(*launcher: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_the_tutorial_trains_a_better_layer_and_the_same_one_on_two_ranks() -> None:
-    alone = tutorial()
+    alone, together = tutorial(LAYER), tutorial(LAYER, ranks=2)
     assert alone["moe"] < 0.7 * alone["dense"]
-    together = tutorial("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     # 300 steps of AdamW carry the rounding of sums in another order to some percent of the error.
     assert together == {name: pytest.approx(error, rel=0.1) for name, error in alone.items()}
 
 
-def test_the_tutorial_is_short() -> None:
-    assert len((ROOT / TUTORIAL).read_text().splitlines()) < 120
+@pytest.mark.slow
+def test_the_tutorial_for_users_of_fastmoe_trains_the_same_on_four_ranks() -> None:
+    # Both print four digits; ten steps in bfloat16 agreed in all of them.
+    assert tutorial(FROM_FASTMOE, ranks=4)["it"] == pytest.approx(tutorial(FROM_FASTMOE)["it"], rel=5e-3)
+
+
+def test_the_first_tutorial_is_short() -> None:
+    assert len((ROOT / LAYER).read_text().splitlines()) < 120
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
