@@ -34,8 +34,8 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
     from cp and from tp. ``stage`` is all ranks of a stage: a gate's gradients are synced over it, and its tokens are in balance over it.
 
     Each dim is a group for the functions of moecomm: ``mesh.expert["ep"]`` for `plan`, ``mesh.dense["tp"]`` for `slice_scatter`, and so
-    on. DTensor and FSDP2 take the dims of one view together; no two views share a process group, even where they have the same ranks,
-    for FSDP2 allows a group to only one of its meshes.
+    on. DTensor and FSDP2 take the dims of one view together. A dim of all ranks is the default group; no other process group is shared
+    by two views, even where they have the same ranks, for FSDP2 lets the parameters of a module know a group by one mesh only.
 
     Args:
         device_type: as in `torch.distributed.device_mesh.init_device_mesh`.
