@@ -4,15 +4,18 @@ A token walks one way: `route` -> `plan` -> `dispatch` -> (your experts) -> `com
 """
 
 from moecomm.capacity import limit_by_capacity
+from moecomm.clip import clip_grad_norm_
 from moecomm.losses import load_balance_loss, update_bias, z_loss
 from moecomm.plan import Plan, plan
 from moecomm.route import route
 from moecomm.slices import slice_gather, slice_scatter
-from moecomm.sync import sync_grads_, sync_params, sync_params_
+from moecomm.sync import sync_params, sync_params_
+from moecomm.sync_grads import sync_grads_
 from moecomm.tokens import combine, dispatch
 
 __all__ = [
     "Plan",
+    "clip_grad_norm_",
     "combine",
     "dispatch",
     "limit_by_capacity",

@@ -8,7 +8,7 @@ a dtype; the backward of that is all_reduce again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -66,20 +66,35 @@ def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(buckets.values())
 
 
+class Bucket(NamedTuple):
+    """Tensors of one dtype that travel in one message, and what their sum over a group is divided by."""
+
+    tensors: Sequence[Tensor]
+    divisor: int
+    ranks: int
+    group: str
+
+
 def all_reduce(buckets: Sequence[Sequence[Tensor]], divisor: int, ranks: int, group: str, before: bool = False) -> list[Tensor]:
-    """For each bucket of tensors of one dtype their sums over the ranks, divided, one behind the other.
+    """For each bucket of tensors of one dtype their sums over the ranks, divided, one behind the other."""
+    return all_reduce_buckets([Bucket(bucket, divisor, ranks, group) for bucket in buckets], before)
+
+
+def all_reduce_buckets(buckets: Sequence[Bucket], before: bool = False) -> list[Tensor]:
+    """The same for buckets of several groups, named in the same order on all ranks.
 
     What can be sent is sent before anything is waited for.
     """
-    flats = [_padded(bucket, ranks) for bucket in buckets]
-    exchanged = [_start_exchange(flat, ranks, group) for flat in flats]
+    flats = [_padded(bucket.tensors, bucket.ranks) for bucket in buckets]
+    exchanged = [_start_exchange(flat, bucket.ranks, bucket.group) for flat, bucket in zip(flats, buckets, strict=True)]
     sums, gathered = [], []
-    for flat, parts in zip(flats, exchanged, strict=True):
-        mine = funcol.wait_tensor(parts).view(flat.dtype).view(ranks, -1)  # [P, chunk], part p from rank p
-        sums.append(rank_sum(mine, divisor, before))  # [chunk]
-        gathered.append(start_all_gather(sums[-1], ranks, group))
-    wholes = [all_gathered(pending, total, ranks) for pending, total in zip(gathered, sums, strict=True)]  # [P * chunk] each
-    return [whole.narrow(0, 0, _length(bucket)) for whole, bucket in zip(wholes, buckets, strict=True)]
+    for flat, parts, bucket in zip(flats, exchanged, buckets, strict=True):
+        mine = funcol.wait_tensor(parts).view(flat.dtype).view(bucket.ranks, -1)  # [P, chunk], part p from rank p
+        sums.append(rank_sum(mine, bucket.divisor, before))  # [chunk]
+        gathered.append(start_all_gather(sums[-1], bucket.ranks, bucket.group))
+    arriving = zip(gathered, sums, buckets, strict=True)
+    wholes = [all_gathered(pending, total, bucket.ranks) for pending, total, bucket in arriving]  # [P * chunk] each
+    return [whole.narrow(0, 0, _length(bucket.tensors)) for whole, bucket in zip(wholes, buckets, strict=True)]
 
 
 def _length(tensors: Sequence[Tensor]) -> int:

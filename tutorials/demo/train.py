@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import moecomm.functional as mf
@@ -117,7 +115,7 @@ def train_step(
     loss = cross_entropy(logits, tokens)
     ((loss + BALANCE * balance) / meshes.dense.size()).backward()  # the gradients are summed over the ranks
     parallel.sync_replicated_(model, meshes)
-    clip_(optimizer)
+    mf.clip_grad_norm_(model, CLIP)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -127,15 +125,6 @@ def train_step(
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().long())
-
-
-def clip_(optimizer: torch.optim.Optimizer) -> None:
-    """Scale all gradients so that their norm over all meshes is at most `CLIP`."""
-    groups = [group["params"] for group in optimizer.param_groups]
-    norms = [get_total_norm([p.grad for p in params if p.grad is not None]) for params in groups]
-    norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
-    for params in groups:
-        clip_grads_with_norm_(params, CLIP, norm)
 
 
 def record(history: dict[str, Any], loss: Tensor, load: Tensor, asked: bool, options: Namespace) -> bool:
