@@ -11,9 +11,11 @@ from moecomm.errors import check_experts, check_floating, check_tensor, differ, 
 from moecomm.group import GroupLike, resolve_group
 from moecomm.ops.count import count
 from moecomm.ops.exchange import wait
+from moecomm.ops.place import place, placement_table
 from moecomm.ops.sizes import plan_sizes, signature
 from moecomm.ops.slots import exchange_slots
 from moecomm.ops.sort import counting_sort
+from moecomm.placement import Placement, as_tensor
 
 
 class Plan(NamedTuple):
@@ -41,30 +43,45 @@ class Plan(NamedTuple):
     group: str  # the group's name, "" for a single process
 
 
-def plan(experts: Tensor, weights: Tensor, num_experts: int, group: GroupLike = None, *, like: Tensor | None = None) -> Plan:
+def plan(
+    experts: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    group: GroupLike = None,
+    *,
+    placement: Placement | None = None,
+    like: Tensor | None = None,
+) -> Plan:
     """Who gets which token: the plan that `dispatch` and `combine` follow.
 
-    Rank p of the group's P holds the experts p * L to (p + 1) * L - 1, where L = num_experts / P. A token travels once to a rank,
-    however many of its experts are there.
+    Rank p of the group's P holds the experts p * L to (p + 1) * L - 1, where L = num_experts / P, or those that ``placement`` gives it. A
+    token travels once to a rank, however many of its experts are there.
 
     Args:
         experts: [T, K], of an integer dtype: the expert of each slot, or -1 for a slot that is dropped. An expert may stand in several
             slots of a token. T may differ from rank to rank and may be 0.
         weights: [T, K], of a floating dtype: the weight of each slot in the sum that `combine` makes.
-        num_experts: E, the experts on all ranks together; a multiple of P, and at least K.
+        num_experts: E, the experts on all ranks together, and at least K; without ``placement`` a multiple of P.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        placement: which experts are where, [P, L], as lists, tuples, or an integer tensor on the CPU, whose values a compiled graph does
+            not depend on: row p has the ids of the experts of rank p, in their local order, the same on all ranks. Every expert is on
+            some rank. One that is on several, a replica on each, serves about as many of any rank's tokens on each of them: token t of
+            rank p takes replica ``floor(frac(0.618... * (t * P + p)) * replicas)`` in the order of the ranks, which needs no counting and
+            is even, to a few tokens, for any run of tokens and for every n-th one. The replicas' weights are made and kept alike
+            by `sync_replicas_` and `sync_replica_grads_`.
         like: what will be dispatched, [T, ...]: only its shape and dtype are looked at, so that ranks that disagree on them get
             an error here and not a broken exchange later.
 
     Returns a `Plan`. Its ``offsets`` [L] (int32) are the ends of the local experts' rows, as `torch.nn.functional.grouped_mm` takes them.
 
-    Costs one small exchange, the one host sync of a layer, and one exchange of K weights and K narrow ids a (token, rank) pair.
+    Costs one small exchange, the one host sync of a layer, and one exchange of K weights and K narrow ids a (token, rank) pair. With
+    ``placement`` also one pass over experts, and a copy of E + 1 + P * L int32 to the device, for which the host does not wait.
 
     Backward: from the plan's weights to ``weights``, in one exchange.
 
     Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent; `MoECommError`, alike on
-    every rank, where the ranks differ in K, E, a dtype or ``like``; `ExpertIdError` (a ValueError as well), alike on every rank, where an
-    id is outside [-1, E) on any of them.
+    every rank, where the ranks differ in K, E, a dtype, ``like`` or ``placement``; `ExpertIdError` (a ValueError as well), alike on every
+    rank, where an id is outside [-1, E) on any of them.
 
     >>> experts = torch.tensor([[2, 0], [2, -1], [1, 2]])
     >>> a_plan = plan(experts, torch.ones(3, 2), num_experts=3)
@@ -72,27 +89,35 @@ def plan(experts: Tensor, weights: Tensor, num_experts: int, group: GroupLike = 
     tensor([1, 2, 5], dtype=torch.int32)
     >>> dispatch(torch.tensor([10.0, 11.0, 12.0]), a_plan)
     tensor([10., 12., 10., 11., 12.])
+    >>> plan(experts, torch.ones(3, 2), num_experts=3, placement=[[2, 0, 1]]).offsets  # expert 2 has rows 0 to 2, expert 0 row 3
+    tensor([3, 4, 5], dtype=torch.int32)
     """
     ranks = resolve_group(group)
-    _check(experts, weights, num_experts, ranks.size, like)
-    local = num_experts // ranks.size
-    keys, sent = count(experts, num_experts, ranks.size, signature(experts, weights, num_experts, like))  # [T, K], [P, 4 + signature]
+    _check(experts, weights, num_experts, ranks.size if placement is None else None, like)
+    local, checksum, places, placed = num_experts // ranks.size, -1, experts, None
+    if placement is not None:
+        where = as_tensor(placement, ranks.size)  # [P, L]
+        local = where.shape[1]
+        table, checksum = placement_table(where, num_experts, experts.device)
+        places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
+    signed = signature(experts, weights, num_experts, like, checksum)
+    keys, sent = count(experts, num_experts, ranks.size, signed, placed)  # [T, K], [P, 4 + signature]
     tokens, k = experts.shape
     if ranks.size == 1:
         _, _, n, _ = plan_sizes(sent, sent)
-        row_order, row_position, offsets = counting_sort(experts, local, n)
+        row_order, row_position, offsets = counting_sort(places, local, n)
         return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, ranks.name)
 
     pairs = [1] * ranks.size
     received = wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, ranks.name))
     s, r, n, splits = plan_sizes(sent, received)
     send_order, send_position, _ = counting_sort(keys, ranks.size, s)
-    there, ids = exchange_slots(weights, experts, keys, send_order, send_position, local, splits, r, ranks.name)  # [R, K] each
+    there, ids = exchange_slots(weights, places, keys, send_order, send_position, local, splits, r, ranks.name)  # [R, K] each
     row_order, row_position, offsets = counting_sort(ids, local, n)
     return Plan(offsets, there, row_order, row_position, send_order, send_position, splits, tokens, num_experts, ranks.name)
 
 
-def _check(experts: Tensor, weights: Tensor, num_experts: int, ranks: int, like: Tensor | None) -> None:
+def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: Tensor | None) -> None:
     check_experts(experts)
     check_tensor("weights", weights, "[T, K]", dims=2)
     check_floating("weights", weights)
@@ -102,8 +127,8 @@ def _check(experts: Tensor, weights: Tensor, num_experts: int, ranks: int, like:
         wrong_value("weights", f"on {weights.device}", f"on experts' device, {experts.device}")
     if not isinstance(num_experts, int) or isinstance(num_experts, bool):
         wrong_type("num_experts", type(num_experts).__name__, "an int")
-    if num_experts < 1 or num_experts % ranks:
-        wrong_value("num_experts", num_experts, f"a positive multiple of the group's {ranks} ranks")
+    if num_experts < 1 or (divisor is not None and num_experts % divisor):
+        wrong_value("num_experts", num_experts, "at least 1" if divisor is None else f"a positive multiple of the group's {divisor} ranks")
     if not 1 <= experts.shape[1] <= num_experts:
         wrong_value("experts", f"of shape {list(experts.shape)}, K = {experts.shape[1]}", f"of 1 <= K <= num_experts = {num_experts}")
     if like is not None:

@@ -1,6 +1,7 @@
 """keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, signature) for p.
 
-Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 4 + signature] numbers, whatever E is.
+Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 4 + signature] numbers, whatever E is. Expert e is on
+rank e // (E / P), or each slot on the rank that ``placed`` says, [T, K] int32 as `place` gives them: one more read.
 Integers only: no backward.
 """
 
@@ -14,24 +15,25 @@ from torch import Tensor
 from moecomm.ops.library import define, jit, tl
 
 PAIRS, SLOTS, LOWEST, HIGHEST, SIGNATURE = 0, 1, 2, 3, 4  # the columns of a message; the signature takes the rest
-SCHEMA = "count(Tensor experts, int num_experts, int ranks, SymInt[] signature) -> (Tensor, Tensor)"
+SCHEMA = "count(Tensor experts, int num_experts, int ranks, SymInt[] signature, Tensor? placed=None) -> (Tensor, Tensor)"
 
 
-def count_fake(experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int]) -> tuple[Tensor, Tensor]:
+def count_fake(
+    experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     keys = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)  # [T, K]
     message = torch.empty(ranks, SIGNATURE + len(signature), dtype=torch.int64, device=experts.device)  # [P, 4 + signature]
     return keys, message
 
 
-def count_cpu(experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int]) -> tuple[Tensor, Tensor]:
-    local = num_experts // ranks
+def count_cpu(
+    experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     lowest, highest = (int(bound) for bound in experts.aminmax()) if experts.numel() else (-1, -1)
-    rank = experts.to(torch.int32)  # [T, K]
-    if lowest < 0:
-        rank = torch.where(experts < 0, -local, rank)
-    if highest >= num_experts:  # a wrong id is reported, not followed; compared only where experts' dtype can hold num_experts
-        rank = torch.where(experts >= num_experts, -local, rank)
-    rank = torch.div(rank, local, rounding_mode="floor")
+    if placed is None:
+        rank = _contiguous(experts, num_experts, num_experts // ranks, lowest, highest)
+    else:
+        rank = placed.clone(memory_format=torch.contiguous_format)  # an op may not give back its input, as it would where K = 1
     slots = torch.bincount(rank.flatten() + 1, minlength=ranks + 1)[1:]
     keys, pairs = rank, slots
     if experts.shape[1] > 1:
@@ -44,6 +46,16 @@ def count_cpu(experts: Tensor, num_experts: int, ranks: int, signature: Sequence
     return keys, message
 
 
+def _contiguous(experts: Tensor, num_experts: int, local: int, lowest: int, highest: int) -> Tensor:
+    """The rank of each slot where rank p holds experts p * local to (p + 1) * local - 1, -1 where the id is out of range."""
+    rank = experts.to(torch.int32)  # [T, K]
+    if lowest < 0:
+        rank = torch.where(experts < 0, -local, rank)
+    if highest >= num_experts:  # a wrong id is reported, not followed; compared only where experts' dtype can hold num_experts
+        rank = torch.where(experts >= num_experts, -local, rank)
+    return torch.div(rank, local, rounding_mode="floor")
+
+
 @jit
 def _header_kernel(message, width, header):
     row = message + tl.program_id(0) * width
@@ -53,8 +65,8 @@ def _header_kernel(message, width, header):
 
 @jit
 def _count_kernel(
-    experts, keys, message, tokens, num_experts, local, ranks, width, stride_t, stride_k,
-    SLOTS_A_TOKEN: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    experts, placed, keys, message, tokens, num_experts, local, ranks, width, stride_t, stride_k,
+    PLACED: tl.constexpr, SLOTS_A_TOKEN: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, K)
@@ -65,17 +77,23 @@ def _count_kernel(
     highest = tl.max(tl.max(ids, axis=1), axis=0)
     tl.atomic_min(message + 2, lowest)
     tl.atomic_max(message + 3, highest)
-    rank = tl.where((ids >= 0) & (ids < num_experts), ids // local, -1)
+    slot = t.to(tl.int64)[:, None] * SLOTS_A_TOKEN + j[None, :]
+    if PLACED:
+        rank = tl.load(placed + slot, mask=inside, other=-1).to(tl.int64)
+    else:
+        rank = tl.where((ids >= 0) & (ids < num_experts), ids // local, -1)
     earlier = j[None, :, None] > j[None, None, :]  # [1, K, K]
     repeated = tl.max(((rank[:, :, None] == rank[:, None, :]) & earlier).to(tl.int32), axis=2) > 0
     first = tl.where(repeated, -1, rank)
-    tl.store(keys + t.to(tl.int64)[:, None] * SLOTS_A_TOKEN + j[None, :], first.to(tl.int32), mask=inside)
+    tl.store(keys + slot, first.to(tl.int32), mask=inside)
     for p in range(ranks):  # integer sums: the order of the atomics does not show
         tl.atomic_add(message + p * width, tl.sum(tl.sum((first == p).to(tl.int64), axis=1), axis=0))
         tl.atomic_add(message + p * width + 1, tl.sum(tl.sum((rank == p).to(tl.int64), axis=1), axis=0))
 
 
-def count_triton(experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int]) -> tuple[Tensor, Tensor]:
+def count_triton(
+    experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     tokens, k = experts.shape
     keys = torch.empty((tokens, k), dtype=torch.int32, device=experts.device)
     empty = experts.numel() == 0
@@ -85,7 +103,8 @@ def count_triton(experts: Tensor, num_experts: int, ranks: int, signature: Seque
     if not empty:
         block = 32
         _count_kernel[(-(-tokens // block),)](
-            experts, keys, message, tokens, num_experts, num_experts // ranks, ranks, message.shape[1], *experts.stride(),
+            experts, keys if placed is None else placed.contiguous(), keys, message, tokens, num_experts, num_experts // ranks, ranks,
+            message.shape[1], *experts.stride(), PLACED=placed is not None,
             SLOTS_A_TOKEN=k, K=1 << (k - 1).bit_length(), BLOCK=block,
         )  # fmt: skip
         message[1:, LOWEST : HIGHEST + 1] = message[0, LOWEST : HIGHEST + 1]

@@ -16,7 +16,7 @@ from moecomm.ops.count import HIGHEST, LOWEST, PAIRS, SIGNATURE, SLOTS
 from moecomm.ops.library import define
 
 SCHEMA = "plan_sizes(Tensor sent, Tensor received) -> (SymInt, SymInt, SymInt, Tensor)"
-SIGNED = ("k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype")  # what a signature's numbers mean
+SIGNED = ("k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype", "placement")  # what a signature's numbers mean
 
 
 def sizes_fake(sent: Tensor, received: Tensor) -> tuple[torch.SymInt, torch.SymInt, torch.SymInt, Tensor]:
@@ -49,15 +49,17 @@ def _check(messages: list[list[int]]) -> None:
 DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
 
 
-def signature(experts: Tensor, weights: Tensor, num_experts: int, like: Tensor | None) -> list[int]:
-    """What the ranks must agree on, as numbers in the order of `SIGNED`."""
+def signature(experts: Tensor, weights: Tensor, num_experts: int, like: Tensor | None, placement: int = -1) -> list[int]:
+    """What the ranks must agree on, as numbers in the order of `SIGNED`; of the placement its checksum."""
     elements, dtype = (-1, -1) if like is None else (math.prod(like.shape[1:]), DTYPES.index(like.dtype))
-    return [experts.shape[1], num_experts, DTYPES.index(weights.dtype), elements, dtype]
+    return [experts.shape[1], num_experts, DTYPES.index(weights.dtype), elements, dtype, placement]
 
 
 def _readable(what: str, value: int) -> object:
     if value < 0:
         return "not given"
+    if what == "placement":
+        return f"of checksum {value:08x}"
     return DTYPES[value] if what.endswith("dtype") else value
 
 

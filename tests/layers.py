@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 
 import moecomm.functional as mf
 from moecomm.group import GroupLike
+from moecomm.placement import Placement
 
 
 def experts_by_row(rows: Tensor, into: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
@@ -16,10 +17,12 @@ def experts_by_row(rows: Tensor, into: Tensor, out: Tensor, offsets: Tensor) -> 
     return torch.einsum("ndh,nh->nd", out[expert], silu(torch.einsum("nhd,nd->nh", into[expert], rows)))
 
 
-def moe(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, k: int, group: GroupLike, tokens: GroupLike) -> tuple[Tensor, Tensor]:
+def moe(
+    x: Tensor, gate: Tensor, into: Tensor, out: Tensor, k: int, group: GroupLike, tokens: GroupLike, placement: Placement | None = None
+) -> tuple[Tensor, Tensor]:
     """x [T, D] of this rank through the experts of ``group``, and the balance loss over all ranks of ``tokens``."""
     logits = x @ gate.T  # [T, E]
     weights, experts = mf.route(logits, k)
-    plan = mf.plan(experts, weights, gate.shape[0], group, like=x)
+    plan = mf.plan(experts, weights, gate.shape[0], group, placement=placement, like=x)
     rows = experts_by_row(mf.dispatch(x, plan), into, out, plan.offsets)
     return mf.combine(rows, plan), mf.load_balance_loss(logits.softmax(-1), experts, tokens)

@@ -13,9 +13,8 @@ from tests.ops.cases import assert_same_layout, guarded, routing, strided
 SIGNATURE = [2, 8, -1, 5]
 
 
-def expected(experts: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor]:
+def expected(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(keys, message) by loops."""
-    local = num_experts // ranks
     keys = torch.full(experts.shape, -1, dtype=torch.int32)
     pairs, slots = [0] * ranks, [0] * ranks
     ids = experts.tolist()
@@ -24,7 +23,7 @@ def expected(experts: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Ten
         for j, expert in enumerate(row):
             if not 0 <= expert < num_experts:
                 continue
-            rank = expert // local
+            rank = expert // (num_experts // ranks) if placed is None else int(placed[t, j])
             slots[rank] += 1
             if rank not in seen:
                 seen.add(rank)
@@ -35,10 +34,11 @@ def expected(experts: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Ten
     return keys, torch.tensor(message)
 
 
-def check(experts: Tensor, num_experts: int, ranks: int, device: str) -> None:
-    want = expected(experts, num_experts, ranks)
+def check(experts: Tensor, num_experts: int, ranks: int, device: str, placed: Tensor | None = None) -> None:
+    want = expected(experts, num_experts, ranks, placed)
     args = num_experts, ranks, SIGNATURE
-    for got in (count_cpu(experts, *args), guarded(count_triton, experts.to(device), *args)):
+    there = placed if placed is None else placed.to(device)
+    for got in (count_cpu(experts, *args, placed), guarded(count_triton, experts.to(device), *args, there)):
         torch.testing.assert_close([tensor.cpu() for tensor in got], list(want), rtol=0, atol=0)
         assert_same_layout(count_fake(experts, *args), got)
 
@@ -80,6 +80,20 @@ def test_a_token_goes_once_to_a_rank_however_many_of_its_experts_are_there() -> 
     assert message[:, :2].tolist() == [[2, 5], [1, 2]]
 
 
+@pytest.mark.parametrize(("tokens", "k", "num_experts", "ranks"), [(33, 3, 5, 4), (70, 1, 2, 4), (40, 8, 12, 3), (0, 2, 3, 2)])
+def test_slots_may_be_placed_on_any_rank(tokens: int, k: int, num_experts: int, ranks: int, device: str) -> None:
+    """Ids out of range are reported all the same."""
+    experts = routing(tokens, k, num_experts, seed=tokens)
+    placed = torch.where(experts < 0, -1, (experts * 5 + torch.arange(tokens).unsqueeze(1)) % ranks).to(torch.int32)
+    check(experts, num_experts, ranks, device, placed)
+    check(experts, num_experts, ranks, device, placed.t().contiguous().t())
+    if tokens:
+        experts[3, 0], placed[3, 0] = num_experts, -1
+        check(experts, num_experts, ranks, device, placed)
+
+
 def test_count_passes_opcheck() -> None:
+    for tokens, k in ((5, 2), (0, 2), (1, 1)):
+        opcheck(count, (routing(tokens, k, 4, seed=tokens), 4, 2, SIGNATURE, torch.zeros(tokens, k, dtype=torch.int32)))
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
         opcheck(count, (routing(tokens, k, 4, seed=tokens), 4, 2, SIGNATURE))

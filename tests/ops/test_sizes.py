@@ -15,10 +15,12 @@ from tests.ops.cases import routing
 NUM_EXPERTS = 8
 
 
-def message(experts: Tensor, ranks: int, weights_dtype: torch.dtype = torch.float32, like: Tensor | None = None) -> Tensor:
+def message(
+    experts: Tensor, ranks: int, weights_dtype: torch.dtype = torch.float32, like: Tensor | None = None, placement: int = -1
+) -> Tensor:
     """[P, 4 + signature]: what the rank with these experts sends."""
     weights = torch.zeros(experts.shape, dtype=weights_dtype)
-    return count(experts, NUM_EXPERTS, ranks, signature(experts, weights, NUM_EXPERTS, like))[1]
+    return count(experts, NUM_EXPERTS, ranks, signature(experts, weights, NUM_EXPERTS, like, placement))[1]
 
 
 def exchanged(*messages: Tensor) -> list[Tensor]:
@@ -59,6 +61,7 @@ def test_every_rank_raises_for_an_id_out_of_range_on_any(wrong: int) -> None:
         ({"weights_dtype": torch.bfloat16}, "weights.dtype was torch.float32 on rank 0, torch.bfloat16 on rank 1"),
         ({"like": torch.zeros(1, 5)}, "like's elements a token was 4 on rank 0, 5 on rank 1"),
         ({"like": torch.zeros(1, 4, dtype=torch.float64)}, "like.dtype was torch.float32 on rank 0, torch.float64 on rank 1"),
+        ({"placement": 2**32 - 1}, "placement was not given on rank 0, of checksum ffffffff on rank 1"),
         ({"like": None}, "like's elements a token was 4 on rank 0, not given on rank 1"),
     ],
 )
