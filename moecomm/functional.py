@@ -5,7 +5,7 @@ A token walks one way: `route` -> `plan` -> `dispatch` -> (your experts) -> `com
 
 from moecomm.capacity import limit_by_capacity
 from moecomm.clip import clip_grad_norm_
-from moecomm.losses import load_balance_loss, update_bias, z_loss
+from moecomm.losses import attach_loss, load_balance_loss, update_bias, z_loss
 from moecomm.plan import Plan, plan
 from moecomm.route import route
 from moecomm.slices import slice_gather, slice_scatter
@@ -15,6 +15,7 @@ from moecomm.tokens import combine, dispatch
 
 __all__ = [
     "Plan",
+    "attach_loss",
     "clip_grad_norm_",
     "combine",
     "dispatch",

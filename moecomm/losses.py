@@ -1,4 +1,4 @@
-"""What keeps a router in balance: load_balance_loss, z_loss and update_bias."""
+"""What keeps a router in balance: load_balance_loss, z_loss and update_bias; and attach_loss, which brings a loss into a backward pass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from moecomm.capacity import count_slots
 from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
+from moecomm.ops import attach_loss as ops
 from moecomm.slices import slice_gather
 
 
@@ -125,3 +126,43 @@ def update_bias(bias: Tensor, experts: Tensor, speed: float = 1e-3, group: Group
         load = functional.wait_tensor(functional.all_reduce(load, "sum", ranks.name))
     behind = load.sum() - bias.shape[0] * load  # in integers: an expert at the mean stays
     return bias + speed * behind.sign().to(bias.dtype)
+
+
+def attach_loss(x: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
+    """``x``, and in its backward pass ``loss`` gets the gradient ``scale``: as if ``scale * loss`` were added to what is differentiated.
+
+    So a layer needs to hand no loss of its own through the model: a pipeline stage sends on one activation, and the backward pass that
+    comes back through it is that of the last stage's loss plus ``scale`` times the losses attached on the way.
+
+        y = attach_loss(combine(rows, plan), load_balance_loss(probabilities, experts, group), 0.01 / ranks)
+        return x + y
+
+    Where the last loss is divided (by the ranks whose gradients are summed, by accumulated microbatches), divide ``scale`` alike. The
+    schedules of torch.distributed.pipelining divide all gradients by the microbatches afterwards, and so those of attached losses too:
+    what is trained is the mean over the microbatches.
+
+    Args:
+        x: of any shape and a floating dtype: any activation on the way from ``loss`` to what is differentiated.
+        loss: a scalar, of a floating dtype.
+        scale: the gradient of ``loss``. It does not depend on the gradient of ``x``: a loss scaled for low precision needs it scaled alike.
+
+    Returns ``x``, as a view; the zero-bubble schedules take no view as a stage's output, so do not make it the last step of one. Sends
+    nothing.
+
+    Backward: to ``x``, its gradient; to ``loss``, ``scale``, once for each backward pass that reaches the result, and nothing where none
+    does.
+
+    Raises TypeError or ValueError for an argument that is none of these.
+
+    >>> x, loss = torch.ones(2, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    >>> attach_loss(x, loss, scale=0.5).sum().backward()
+    >>> x.grad, loss.grad
+    (tensor([1., 1.]), tensor(0.5000))
+    """
+    check_tensor("x", x, "of any shape")
+    check_floating("x", x)
+    check_tensor("loss", loss, "[]", dims=0)
+    check_floating("loss", loss)
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        wrong_type("scale", type(scale).__name__, "a number")
+    return ops.attach_loss(x, loss, scale)

@@ -77,13 +77,14 @@ def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor, sizes: Sizes) -> T
     return mse_loss(x @ parameters["head"].T, y) + BALANCE * torch.stack(balances).sum()
 
 
-def train(sizes: Sizes, steps: int, clip: float = float("inf")) -> Run:
-    """So many steps of AdamW, with all gradients clipped to the norm ``clip``."""
+def train(sizes: Sizes, steps: int, clip: float = float("inf"), microbatches: int = 1) -> Run:
+    """So many steps of AdamW, with all gradients clipped to the norm ``clip``; the loss is the mean over as many microbatches."""
     parameters = {name: p.clone().requires_grad_() for name, p in initial(sizes).items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE)
     losses, norms = [], []
     for step in range(steps):
-        value = loss(parameters, *batch(sizes, step), sizes)
+        pieces = zip(*(whole.chunk(microbatches) for whole in batch(sizes, step)), strict=True)
+        value = torch.stack([loss(parameters, x, y, sizes) for x, y in pieces]).mean()
         value.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), clip).item())
         optimizer.step()

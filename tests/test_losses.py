@@ -196,6 +196,36 @@ def test_the_bias_balances_a_skewed_router() -> None:
     assert heaviest() < 1.15
 
 
+def with_loss(x: Tensor, w: Tensor) -> Tensor:
+    """A layer of which ``z_loss`` is attached to what it gives."""
+    logits = x @ w
+    return mf.attach_loss(logits.tanh(), mf.z_loss(logits), 0.25).sin()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_attached_loss_is_differentiated_as_if_added_whatever_the_gradient_of_what_it_is_attached_to(compiled: bool) -> None:
+    x, w, grad = normal(6, 4), normal(4, 5, seed=1), normal(6, 5, seed=2)
+    ours, theirs = (([t.clone().requires_grad_() for t in (x, w)]) for _ in range(2))
+    layer = torch.compile(with_loss, fullgraph=True, backend="aot_eager") if compiled else with_loss
+    y = layer(*ours)
+    torch.testing.assert_close(y, (x @ w).tanh().sin(), rtol=0, atol=0)
+    y.backward(grad)
+    logits = theirs[0] @ theirs[1]
+    ((logits.tanh().sin() * grad).sum() + 0.25 * mf.z_loss(logits)).backward()
+    torch.testing.assert_close([t.grad for t in ours], [t.grad for t in theirs])
+
+
+def test_an_attached_loss_gets_its_gradient_once_a_backward_pass_in_its_own_dtype() -> None:
+    x, loss = torch.ones(3, dtype=torch.bfloat16, requires_grad=True), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    y = mf.attach_loss(mf.attach_loss(x, loss, 0.1), loss, -0.3)
+    assert torch.equal(y, x)
+    (0 * y.sum() + x.sum()).backward(retain_graph=True)
+    torch.testing.assert_close(loss.grad, torch.tensor(0.1 - 0.3, dtype=torch.float64))
+    assert torch.equal(x.grad, torch.ones_like(x))
+    x.sum().backward()  # does not pass through y
+    torch.testing.assert_close(loss.grad, torch.tensor(0.1 - 0.3, dtype=torch.float64))
+
+
 def traffic_here() -> list[tuple[list[str], list[str]]]:
     tokens = 4 * dist.get_rank()
     experts, probabilities = routing(tokens), normal(tokens, NUM_EXPERTS).requires_grad_()
@@ -280,6 +310,12 @@ IDS = torch.zeros(4, 2, dtype=torch.int64)
         (lambda: mf.update_bias(torch.zeros(5, device="meta"), IDS), ValueError, "experts was on cpu; it must be on bias' device, meta"),
         (lambda: mf.update_bias(torch.zeros(5), IDS, "fast"), TypeError, "speed was str; it must be a number"),
         (lambda: mf.update_bias(torch.zeros(5), IDS, 0.1, 3), TypeError, "group was int"),
+        (lambda: mf.attach_loss([0.5], torch.zeros(())), TypeError, "x was list; it must be a tensor of any shape"),
+        (lambda: mf.attach_loss(IDS, torch.zeros(())), TypeError, "x was of dtype torch.int64; it must be of a floating dtype"),
+        (lambda: mf.attach_loss(torch.zeros(4), 0.5), TypeError, r"loss was float; it must be a tensor \[\]"),
+        (lambda: mf.attach_loss(torch.zeros(4), torch.zeros(1)), ValueError, r"loss was of shape \[1\]; it must be of shape \[\]"),
+        (lambda: mf.attach_loss(torch.zeros(4), torch.zeros(()).int()), TypeError, "loss was of dtype torch.int32"),
+        (lambda: mf.attach_loss(torch.zeros(4), torch.zeros(()), True), TypeError, "scale was bool; it must be a number"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_named(call: Any, error: type[Exception], message: str) -> None:
