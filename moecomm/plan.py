@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moecomm.dtensor import make_layout, to_local
 from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.ops.count import count
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     tokens: int  # T
     num_experts: int  # E
     group: str  # the group's name, "" for a single process
+    layout: Tensor | None = None  # [T of all ranks, 0, ...]: a DTensor, how combine's y is placed; None where no argument was a DTensor
 
 
 def plan(
@@ -70,7 +72,10 @@ def plan(
             is even, to a few tokens, for any run of tokens and for every n-th one. The replicas' weights are made and kept alike
             by `sync_replicas_` and `sync_replica_grads_`.
         like: what will be dispatched, [T, ...]: only its shape and dtype are looked at, so that ranks that disagree on them get
-            an error here and not a broken exchange later.
+            an error here and not a broken exchange later. Of a DTensor, its placements are those of `combine`'s result.
+
+    DTensors go in as their local shards, each of Shard(0) over its tokens or Replicate on each mesh dim; ``like`` may also be Shard over
+    other dims. `moecomm.dtensor` has the table. Those that are plain tensors are local shards already.
 
     Returns a `Plan`. Its ``offsets`` [L] (int32) are the ends of the local experts' rows, as `torch.nn.functional.grouped_mm` takes them.
 
@@ -93,6 +98,10 @@ def plan(
     tensor([3, 4, 5], dtype=torch.int32)
     """
     ranks = resolve_group(group)
+    layout = make_layout(experts, weights, like, ranks)
+    if layout is not None:
+        experts, weights, like = to_local(experts), to_local(weights), None if like is None else to_local(like)
+        return plan(experts, weights, num_experts, group, placement=placement, like=like)._replace(layout=layout)
     _check(experts, weights, num_experts, ranks.size if placement is None else None, like)
     local, checksum, places, placed = num_experts // ranks.size, -1, experts, None
     if placement is not None:

@@ -6,7 +6,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from moecomm.dtensor import check_whole, placed, to_local
 from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
 from moecomm.ops.choose import choose
 
@@ -27,7 +29,8 @@ def route(
 
     Args:
         logits: [T, E], of a floating dtype. An expert whose logit is -inf is never chosen: where fewer than K others are left, the
-            token's last slots are dropped (id -1, weight 0). So a row of -inf is a token that goes nowhere, such as padding.
+            token's last slots are dropped (id -1, weight 0). So a row of -inf is a token that goes nowhere, such as padding. A DTensor
+            is Shard(0) or Replicate on each mesh dim, and so are then the results.
         k: K, the experts a token.
         score: what a logit becomes: its "softmax" over the E experts, or its "sigmoid".
         normalize: whether a token's K weights are divided by their sum. The softmax then is that over the K chosen experts alone: softmax
@@ -66,6 +69,13 @@ def route(
     tensor([[0.6667, 0.3333],
             [0.6000, 0.4000]])
     """
+    if isinstance(logits, DTensor):
+        check_whole("logits", logits, "E")
+        weights, experts = route(
+            logits.to_local(), k, score=score, normalize=normalize, scale=scale, bias=None if bias is None else to_local(bias),
+            num_groups=num_groups, top_groups=top_groups, group_score=group_score,
+        )  # fmt: skip
+        return placed(weights, logits), placed(experts, logits)
     _check(logits, k, score, bias, num_groups, top_groups, group_score)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():

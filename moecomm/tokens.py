@@ -8,9 +8,11 @@ from typing import TypeVar
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from moecomm.dtensor import check_rows, hidden_groups, placed, shard_of
 from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.ops import tokens as ops
 from moecomm.ops.gather import gather
+from moecomm.ops.sum_gradient import sum_gradient
 from moecomm.ops.weighted_sum import weighted_sum
 from moecomm.plan import Plan
 
@@ -21,16 +23,19 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
     """The tokens of all ranks that chose an expert of this rank, a row for each slot, grouped by local expert.
 
     Args:
-        x: [T, ...], or a pytree of such tensors, of any dtypes: this rank's tokens, and what belongs to them.
+        x: [T, ...], or a pytree of such tensors, of any dtypes: this rank's tokens, and what belongs to them. Of a DTensor the local
+            shard is meant; it is placed as the DTensors that the plan was made of, Shard(0) or Replicate on each mesh dim, or as its
+            ``like``, which may also be Shard over other dims than the tokens'.
         plan: of these tokens.
 
     Returns [N, ...] for each tensor, of its dtype: the rows of local expert e are ``rows[offsets[e - 1]:offsets[e]]``, in the
-    order of the source rank, then of the token. Each tensor is one exchange.
+    order of the source rank, then of the token. Each tensor is one exchange. For a DTensor too it is a plain tensor, of this rank's
+    slice of the hidden dims: how many rows each rank has is its own affair, which no DTensor can say.
 
     Backward: the unweighted combine: the gradient of a token is the sum of the gradients of its rows, in one exchange.
 
     Raises TypeError where a leaf of ``x`` is no tensor or ``plan`` is no `Plan`, ValueError where one is not of the plan's T tokens or
-    not on its device; before anything is sent.
+    not on its device, or a DTensor that is placed otherwise than the plan's; before anything is sent.
 
     >>> a_plan = plan(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), num_experts=2)
     >>> dispatch({"x": torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]]), "position": torch.arange(3)}, a_plan)
@@ -39,6 +44,7 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
             [3.0000, 3.5000]]), 'position': tensor([1, 0, 2])}
     """
     _check_plan(plan)
+    x = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
     for leaf in tree_leaves(x):  # all of them, before the first is sent
         _check_leaf("x", leaf, plan, plan.tokens, "T")
     return tree_map(lambda leaf: _dispatch(leaf, plan), x)
@@ -52,16 +58,18 @@ def combine(rows: Tree, plan: Plan) -> Tree:
     (float64 for float64), rounded to the rows' dtype after each of the two.
 
     Args:
-        rows: [N, ...], or a pytree of such tensors, of floating dtypes: for each row that `dispatch` gave, what its expert made of it.
+        rows: [N, ...], or a pytree of such plain tensors, of floating dtypes: for each row that `dispatch` gave, what its expert made of
+            it. Where x was in slices of the hidden dim, these are such slices; where it was Replicate, they are the same on those ranks.
         plan: the plan that the rows were dispatched with.
 
-    Returns [T, ...] for each tensor, of its dtype. Each tensor is one exchange.
+    Returns [T, ...] for each tensor, of its dtype. Each tensor is one exchange. Where the plan was made of DTensors, it is the DTensor
+    that is placed as its ``like``, or as its experts.
 
     Backward: to the rows, the dispatch of the gradient, weighted; to the plan's weights, the dot product of the gradient and the row.
-    One exchange.
+    One exchange; and where the rows are slices of the hidden dim, an all-gather of R * K numbers, for the slices' sum.
 
     Raises TypeError where a leaf of ``rows`` is no tensor or not of a floating dtype, or ``plan`` is no `Plan`; ValueError where one has
-    not the plan's N rows or is not on its device; before anything is sent.
+    not the plan's N rows, is not on its device or is a DTensor; before anything is sent.
 
     >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
     >>> a_plan = plan(torch.tensor([[0, 1], [1, -1]]), weights, num_experts=2)
@@ -73,7 +81,11 @@ def combine(rows: Tree, plan: Plan) -> Tree:
     for leaf in tree_leaves(rows):  # all of them, before the first is sent
         _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
         check_floating("rows", leaf)
-    return tree_map(lambda leaf: _combine(leaf, plan), rows)
+        check_rows("rows", leaf, plan.layout)
+    weights = plan.weights
+    for group in hidden_groups(plan.layout):  # the rows of a rank give only their slice's part of the weights' gradient
+        weights = sum_gradient(weights, group.size, group.name)
+    return tree_map(lambda leaf: placed(_combine(leaf, weights, plan), plan.layout), rows)
 
 
 def _dispatch(x: Tensor, plan: Plan) -> Tensor:
@@ -86,13 +98,13 @@ def _dispatch(x: Tensor, plan: Plan) -> Tensor:
     return rows.reshape(rows.shape[0], *x.shape[1:])
 
 
-def _combine(rows: Tensor, plan: Plan) -> Tensor:
+def _combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     if plan.send_order is None or plan.send_position is None or plan.splits is None:
-        y = weighted_sum(flat, plan.weights, plan.row_order, plan.row_position)
+        y = weighted_sum(flat, weights, plan.row_order, plan.row_position)
     else:
         indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
-        y = ops.combine(flat, plan.weights, *indices, plan.group)  # [T, D]
+        y = ops.combine(flat, weights, *indices, plan.group)  # [T, D]
     return y.reshape(y.shape[0], *rows.shape[1:])
 
 
