@@ -7,6 +7,7 @@ from moecomm.capacity import limit_by_capacity
 from moecomm.clip import clip_grad_norm_
 from moecomm.losses import attach_loss, load_balance_loss, update_bias, z_loss
 from moecomm.plan import Plan, plan
+from moecomm.replicas import sync_replica_grads_, sync_replicas_
 from moecomm.route import route
 from moecomm.slices import slice_gather, slice_scatter
 from moecomm.sync import sync_params, sync_params_
@@ -28,6 +29,8 @@ __all__ = [
     "sync_grads_",
     "sync_params",
     "sync_params_",
+    "sync_replica_grads_",
+    "sync_replicas_",
     "update_bias",
     "z_loss",
 ]
