@@ -128,6 +128,22 @@ def test_a_token_travels_once_to_a_rank_and_each_of_its_slots_to_one_replica() -
     assert rows.tolist() == torch.bincount(experts.flatten() + 1, minlength=10)[1:].tolist()
 
 
+def cost_here(placement: Any) -> tuple[list[str], list[list[int]], list[str]]:
+    """What a layer sends and reads."""
+    x, experts = torch.ones(6, D), torch.arange(12).view(6, 2) % 4
+    with Traffic() as traffic:
+        plan = mf.plan(experts, torch.ones(6, 2), 4, placement=placement)
+        mf.combine(mf.dispatch(x, plan), plan)
+    return traffic.collectives, traffic.bytes, traffic.reads
+
+
+def test_a_placement_costs_no_message_no_byte_and_no_read_of_the_device() -> None:
+    contiguous = [[0, 1], [2, 3]]
+    plain = run_ranks(cost_here, 2, None)
+    assert plain[0][2] == ["plan_sizes"]
+    assert run_ranks(cost_here, 2, contiguous) == run_ranks(cost_here, 2, torch.tensor(contiguous)) == plain
+
+
 HOT = [[0, 1], [0, 2], [0, 3], [4, 5]]
 
 
