@@ -9,7 +9,8 @@ from moecomm.losses import attach_loss, load_balance_loss, update_bias, z_loss
 from moecomm.plan import Plan, plan
 from moecomm.replicas import sync_replica_grads_, sync_replicas_
 from moecomm.route import route
-from moecomm.slices import slice_gather, slice_scatter
+from moecomm.slices import slice_gather, slice_reduce, slice_scatter
+from moecomm.sums import sum_gradient, sum_ranks
 from moecomm.sync import sync_params, sync_params_
 from moecomm.sync_grads import sync_grads_
 from moecomm.tokens import combine, dispatch
@@ -25,7 +26,10 @@ __all__ = [
     "plan",
     "route",
     "slice_gather",
+    "slice_reduce",
     "slice_scatter",
+    "sum_gradient",
+    "sum_ranks",
     "sync_grads_",
     "sync_params",
     "sync_params_",

@@ -96,7 +96,9 @@ def check_device(tensors: Sequence[Tensor]) -> None:
 
 def check_alike_over(tensor: Tensor, group: Group) -> None:
     """Raise where the ranks of the group hold different shards of the tensor."""
-    if isinstance(tensor, DTensor) and (i := mesh_dim(tensor, group)) is not None and not tensor.placements[i].is_replicate():
+    if group.size == 1 or not isinstance(tensor, DTensor):  # one rank has no other shard, and may be the group of several mesh dims
+        return
+    if (i := mesh_dim(tensor, group)) is not None and not tensor.placements[i].is_replicate():
         wrong_value("params", f"a DTensor with {tensor.placements[i]!r} on the group's mesh dim {i}", "one with Replicate() there")
 
 

@@ -1,7 +1,7 @@
 """slice_scatter: piece = x's chunk of this rank along dim. slice_gather: whole[chunk of rank p] = piece of rank p, for all p.
 
 Chunks are torch.chunk's, and so DTensor's Shard: ceil(size / P) long, the last ranks shorter or empty. slice_scatter copies size / P and
-sends nothing; slice_gather sends the piece to all ranks. The two are each other's backward; with reduce, slice_gather's backward is
+sends nothing; slice_gather sends the piece to all ranks. The two are each other's backward; with reduce, slice_gather's mirror is
 slice_reduce: piece[i] = sum over ranks p of p's whole[i], in the order of the ranks, in float32 for lower precisions.
 """
 
@@ -112,6 +112,25 @@ def reduced(pending: Tensor, ranks: int) -> Tensor:
     return rank_sum(parts.view(ranks, -1), 1, False).view(chunk, *parts.shape[1:])
 
 
+def cut_rows_fake(rows: Tensor, size: int, ranks: int, group: str) -> Tensor:
+    return rows.new_empty(torch.library.get_ctx().new_dynamic_size(), *rows.shape[1:])
+
+
+def cut_rows_here(rows: Tensor, size: int, ranks: int, group: str) -> Tensor:
+    _, own = chunk_bounds(size, ranks, process_group(group).rank())
+    return rows[:own].clone()
+
+
+cut_rows = define("cut_rows(Tensor rows, SymInt size, int ranks, str group) -> Tensor", cut_rows_fake, cut_rows_here, cut_rows_here)
+
+
+def _own(chunk: Tensor, size: int, length: int | None, ranks: int, group: str) -> Tensor:
+    """This rank's chunk without the padding, of which ``length``, where it is known, is left."""
+    if length is not None:
+        return chunk.narrow(0, 0, length)
+    return chunk if statically_known_true(size % ranks == 0) else cut_rows(chunk, size, ranks, group)
+
+
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
@@ -141,17 +160,17 @@ class _Gather(torch.autograd.Function):
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, length: int, ranks: int, group: str) -> Tensor:
-        ctx.back = dim, x.shape[dim], ranks, group, True
+    def forward(ctx: Any, x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
+        ctx.back = dim, x.shape[dim], ranks, group, False
         total = reduced(start_reduce(x.movedim(dim, 0), ranks, group), ranks)
-        return total.narrow(0, 0, length).movedim(0, dim).contiguous()
+        return _own(total, x.shape[dim], length, ranks, group).movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return torch.ops.moecomm.slice_gather(grad, *ctx.back), None, None, None, None
 
 
-def _define(schema: str, function: type[torch.autograd.Function]) -> Any:
+def define_function(schema: str, function: type[torch.autograd.Function]) -> Any:
     """An op that is its autograd.Function: the compiler traces into it, forward and backward, and Dynamo need not."""
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -159,6 +178,6 @@ def _define(schema: str, function: type[torch.autograd.Function]) -> Any:
     return getattr(torch.ops.moecomm, name).default
 
 
-slice_scatter = _define("slice_scatter(Tensor x, int dim, SymInt? length, int ranks, str group) -> Tensor", _Scatter)
-slice_gather = _define("slice_gather(Tensor x, int dim, SymInt size, int ranks, str group, bool reduce) -> Tensor", _Gather)
-slice_reduce = _define("slice_reduce(Tensor x, int dim, SymInt length, int ranks, str group) -> Tensor", _Reduce)
+slice_scatter = define_function("slice_scatter(Tensor x, int dim, SymInt? length, int ranks, str group) -> Tensor", _Scatter)
+slice_gather = define_function("slice_gather(Tensor x, int dim, SymInt size, int ranks, str group, bool reduce) -> Tensor", _Gather)
+slice_reduce = define_function("slice_reduce(Tensor x, int dim, SymInt? length, int ranks, str group) -> Tensor", _Reduce)
