@@ -137,7 +137,7 @@ def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, 
     slots, send = _indices(replicas.slots, device), _indices(replicas.send, device)
     started = []
     for bucket in buckets:
-        own = torch.cat([tensor.index_select(0, slots).view(len(slots), tensor[0].numel()) for tensor in bucket], 1)  # [slots, W]
+        own = torch.cat([tensor.index_select(0, slots).reshape(len(slots), tensor[0].numel()) for tensor in bucket], 1)  # [slots, W]
         message = own.index_select(0, send).view(torch.uint8)  # gloo sends bytes, but not every dtype
         started.append((own, funcol.all_to_all_single(message, replicas.splits, replicas.splits, group.name)))
     for bucket, (own, pending) in zip(buckets, started, strict=True):
