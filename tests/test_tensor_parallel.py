@@ -129,7 +129,7 @@ def assert_is_one_process(sizes: Sizes, *how: Any) -> None:
 
 
 @pytest.mark.parametrize("order", LAYERS)
-@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2), (1, 1, 2)])
+@pytest.mark.parametrize("shape", [(1, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 1, 2), (1, 1, 2)))])
 def test_tensor_parallel_training_is_that_of_one_process(shape: tuple[int, int, int], order: str) -> None:
     assert_is_one_process(Sizes(), shape, order, False, False)
 
@@ -140,7 +140,7 @@ def test_the_hidden_dim_need_not_divide(hidden: int) -> None:
     assert_is_one_process(Sizes(hidden=hidden), (1, 1, 4), "after", False, False)
 
 
-@pytest.mark.parametrize("hidden", [12, 5])
+@pytest.mark.parametrize("hidden", [pytest.param(12, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("order", LAYERS)
 def test_expert_weights_may_be_dtensors_sharded_over_ep_and_the_hidden_dim(order: str, hidden: int) -> None:
     assert_is_one_process(Sizes(hidden=hidden), (1, 2, 2), order, True, False)
