@@ -24,6 +24,7 @@ from tests.spawn import run_ranks
 WORLD = 8
 STEPS = 3
 MICROBATCHES = 2
+CLIP = 0.5  # below the norms of all steps
 SIZES = Sizes(hidden=16, batch=16, length=8)  # each of them can be split over 8 ranks
 # The groups that a parameter is spread over, and the dim along which; the others are the same on all ranks of a stage.
 SPREAD = {
@@ -67,6 +68,11 @@ class Stage(nn.Module):
         self.names = list(whole)
         self.values = nn.ParameterList(self.shard(name, p) for name, p in whole.items())
         self.balances: list[Tensor] = []  # of each layer and microbatch
+        # The ranks that have the same part of a parameter, each with its own tokens' part of the gradient.
+        self.repeated = {"*.dense.*": mesh.dense["dp"], "*.experts.*": mesh.expert["edp"], "*": mesh.stage}
+        # The groups whose ranks have different parts.
+        pp = mesh.dense["pp"]
+        self.parts = {"*.dense.*": [mesh.dense["tp"], pp], "*.experts.*": [mesh.expert["ep"], mesh.expert["etp"], pp], "*": pp}
 
     def named(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.values, strict=True))
@@ -81,10 +87,6 @@ class Stage(nn.Module):
 
     def whole(self, name: str, shard: Tensor) -> Tensor:
         return functools.reduce(lambda p, at: mf.slice_gather(p, *at), self.spread(name), shard.detach())
-
-    def repeated(self, name: str) -> DeviceMesh:
-        """The ranks that have the same part of a parameter, each with its own tokens' part of the gradient."""
-        return self.mesh.dense["dp"] if "dense" in name else self.mesh.expert["edp"] if "experts" in name else self.mesh.stage
 
     def forward(self, x: Tensor) -> Tensor:
         for i in self.mine:
@@ -144,11 +146,8 @@ def train(sizes: Sizes, split: Split) -> Run:
         )
         errors: list[Tensor] = []  # of each microbatch, on the last stage's ranks, divided by them
         schedule.step(*([x] if module.first else []), target=y if module.last else None, losses=errors)
-        squares = torch.zeros((), dtype=torch.float64)
-        for name, p in parameters.items():
-            mf.sync_grads_([p], module.repeated(name), reduce="sum")
-            squares += total(p.grad.square().sum(), *(group for group, _ in module.spread(name)))
-        norms.append(total(squares, pp).sqrt().item())
+        mf.sync_grads_(parameters, module.repeated, reduce="sum")
+        norms.append(mf.clip_grad_norm_(parameters, CLIP, module.parts).item())
         optimizer.step()
         optimizer.zero_grad()
         error = total(sum((e.detach() for e in errors), torch.zeros((), dtype=torch.float64)), mesh.stage)
@@ -161,14 +160,14 @@ def train(sizes: Sizes, split: Split) -> Run:
     return Run(losses, norms, whole)
 
 
-def total(mine: Tensor, *groups: DeviceMesh) -> Tensor:
-    """The sum over all ranks of the groups."""
-    return functools.reduce(lambda part, group: mf.slice_gather(part[None], group).sum(), groups, mine)
+def total(mine: Tensor, group: DeviceMesh) -> Tensor:
+    """The sum over all ranks of a group."""
+    return mf.slice_gather(mine[None], group).sum()
 
 
 @functools.cache
 def expected(sizes: Sizes) -> Run:
-    return one_process.train(sizes, STEPS, microbatches=MICROBATCHES)
+    return one_process.train(sizes, STEPS, CLIP, MICROBATCHES)
 
 
 FAST = [Split(1, 2, 4, 2, 2, 2), Split(2, 2, 2, 1, 2, 2), Split(2, 2, 2, 2, 2, 1)]
@@ -189,6 +188,7 @@ def test_the_splits_are_all_there_are() -> None:
 )
 def test_training_split_over_8_ranks_is_that_of_one_process(split: Split) -> None:
     sizes = SIZES._replace(layers=max(2, split.pp))
+    assert min(expected(sizes).norms) > CLIP
     runs = run_ranks(train, WORLD, sizes, split)
     assert {name for run in runs for name in run.parameters} == set(expected(sizes).parameters)
     for run in runs:
