@@ -12,7 +12,7 @@ from moecomm.dtensor import check_rows, hidden_groups, placed, shard_of
 from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.ops import tokens as ops
 from moecomm.ops.gather import gather
-from moecomm.ops.sum_gradient import sum_gradient
+from moecomm.ops.sums import sum_gradient
 from moecomm.ops.weighted_sum import weighted_sum
 from moecomm.plan import Plan
 
@@ -66,7 +66,7 @@ def combine(rows: Tree, plan: Plan) -> Tree:
     that is placed as its ``like``, or as its experts.
 
     Backward: to the rows, the dispatch of the gradient, weighted; to the plan's weights, the dot product of the gradient and the row.
-    One exchange; and where the rows are slices of the hidden dim, an all-gather of R * K numbers, for the slices' sum.
+    One exchange; and where the rows are slices of the hidden dim, an all-to-all and an all-gather of R * K numbers, for the slices' sum.
 
     Raises TypeError where a leaf of ``rows`` is no tensor or not of a floating dtype, or ``plan`` is no `Plan`; ValueError where one has
     not the plan's N rows, is not on its device or is a DTensor; before anything is sent.
