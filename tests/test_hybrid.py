@@ -101,7 +101,7 @@ class Stage(nn.Module):
 def dense(x: Tensor, into: Tensor, out: Tensor, tp: DeviceMesh) -> Tensor:
     """x [B, length / tp, D] through the whole layer, of which this rank has into [H / tp, D] and out [D, H / tp]."""
     every = mf.slice_gather(x, tp, dim=1, grad="reduce")  # [B, length, D]
-    return add_up_slices(silu(every @ into.T) @ out.T, tp, dim=1)
+    return mf.slice_reduce(silu(every @ into.T) @ out.T, tp, dim=1)
 
 
 def moe(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, k: int, mesh: MoEMesh) -> tuple[Tensor, Tensor]:
@@ -116,12 +116,7 @@ def moe(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, k: int, mesh: MoEMes
     plan = mf.plan(mf.slice_gather(experts, etp), mf.slice_gather(weights, etp, grad="reduce"), gate.shape[0], ep, like=every)
     rows = layers.experts_by_row(mf.dispatch(every, plan), into, out, plan.offsets)
     balance = mf.load_balance_loss(logits.softmax(-1), experts, mesh.stage)
-    return add_up_slices(mf.combine(rows, plan), etp), balance
-
-
-def add_up_slices(part: Tensor, group: DeviceMesh, dim: int = 0) -> Tensor:
-    """This rank's slice of the sum of all ranks' parts."""
-    return mf.slice_scatter(mf.slice_gather(part[None], group).sum(0), group, dim)
+    return mf.slice_reduce(mf.combine(rows, plan), etp), balance
 
 
 def train(sizes: Sizes, split: Split) -> Run:
