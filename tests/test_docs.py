@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYER = "tutorials/01_your_own_moe_layer.py"
+PARALLELISM = "tutorials/02_parallelism.py"
 FROM_FASTMOE = "tutorials/03_from_fastmoe.py"
 
 
@@ -38,6 +39,17 @@ def test_the_tutorial_trains_a_better_layer_and_the_same_one_on_two_ranks() -> N
     assert alone["moe"] < 0.7 * alone["dense"]
     # 300 steps of AdamW carry the rounding of sums in another order to some percent of the error.
     assert together == {name: pytest.approx(error, rel=0.1) for name, error in alone.items()}
+
+
+@pytest.mark.slow
+def test_every_way_of_the_tutorial_on_parallelism_is_as_one_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(ROOT / PARALLELISM)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    differences = [float(found) for found in re.findall(r"differs from one process by (\S+)", done.stdout)]
+    assert len(differences) == 7
+    assert max(differences) < 1e-13  # float64: only the order of sums differs
+    assert (tmp_path / "runs" / "parallelism.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
