@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import mse_loss, silu
 
 import moecomm.functional as mf
 from moecomm.group import GroupLike
 from moecomm.placement import Placement
+from tests import one_process
+from tests.one_process import BALANCE, Sizes
 
 
 def experts_by_row(rows: Tensor, into: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
@@ -26,3 +30,18 @@ def moe(
     plan = mf.plan(experts, weights, gate.shape[0], group, placement=placement, like=x)
     rows = experts_by_row(mf.dispatch(x, plan), into, out, plan.offsets)
     return mf.combine(rows, plan), mf.load_balance_loss(logits.softmax(-1), experts, tokens)
+
+
+MoE = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x [T, D], gate, into, out -> [T, D], the balance loss
+
+
+def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor, sizes: Sizes, moe: MoE) -> Tensor:
+    """`one_process.loss` of this rank's part of the batch, with another MoE layer in the place of its own."""
+    balances = []
+    for i in range(sizes.layers):
+        own = {name.removeprefix(f"{i}."): p for name, p in parameters.items() if name.startswith(f"{i}.")}
+        x = x + one_process.dense(x, own["dense.into"], own["dense.out"])
+        z, balance = moe(x.flatten(0, 1), own["gate"], own["experts.into"], own["experts.out"])
+        x = x + z.view_as(x)
+        balances.append(balance)
+    return mse_loss(x @ parameters["head"].T, y) + BALANCE * torch.stack(balances).sum()

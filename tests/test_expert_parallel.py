@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.functional import mse_loss
 
 import moecomm.functional as mf
 from tests import layers, one_process
-from tests.one_process import BALANCE, RATE, Run, Sizes
+from tests.one_process import RATE, Run, Sizes
 from tests.spawn import run_ranks
 
 STEPS = 6
@@ -27,14 +26,7 @@ def train(sizes: Sizes, ranks: int, ep: int, compiled: bool) -> Run:
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE)
 
     def forward(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        balances = []
-        for i in range(sizes.layers):
-            own = {name.removeprefix(f"{i}."): p for name, p in parameters.items() if name.startswith(f"{i}.")}
-            x = x + one_process.dense(x, own["dense.into"], own["dense.out"])
-            z, balance = layers.moe(x.flatten(0, 1), own["gate"], own["experts.into"], own["experts.out"], sizes.top_k, mesh["ep"], None)
-            x = x + z.view_as(x)
-            balances.append(balance)
-        return mse_loss(x @ parameters["head"].T, y) + BALANCE * torch.stack(balances).sum()
+        return layers.loss(parameters, x, y, sizes, lambda x, *own: layers.moe(x, *own, sizes.top_k, mesh["ep"], None))
 
     step_loss = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
     losses, norms = [], []

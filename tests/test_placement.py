@@ -14,12 +14,11 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.functional import mse_loss
 
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
 from tests import layers, one_process, reference
-from tests.one_process import BALANCE, RATE, Run, Sizes
+from tests.one_process import RATE, Run, Sizes
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 
@@ -194,15 +193,7 @@ def train(sizes: Sizes, how: Spread, steps: int, compiled: bool) -> Run:
     replicas = torch.tensor([sum(expert in other for other in how.placement) for expert in row], dtype=torch.float64)
 
     def forward(parameters: dict[str, Tensor], x: Tensor, y: Tensor, placement: Tensor) -> Tensor:
-        balances = []
-        for i in range(sizes.layers):
-            own = {name.removeprefix(f"{i}."): p for name, p in parameters.items() if name.startswith(f"{i}.")}
-            x = x + one_process.dense(x, own["dense.into"], own["dense.out"])
-            into, out = own["experts.into"], own["experts.out"]
-            z, balance = layers.moe(x.flatten(0, 1), own["gate"], into, out, sizes.top_k, mesh["ep"], None, placement)
-            x = x + z.view_as(x)
-            balances.append(balance)
-        return mse_loss(x @ parameters["head"].T, y) + BALANCE * torch.stack(balances).sum()
+        return layers.loss(parameters, x, y, sizes, lambda x, *own: layers.moe(x, *own, sizes.top_k, mesh["ep"], None, placement))
 
     step_loss = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
     losses, norms = [], []

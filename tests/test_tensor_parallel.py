@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.functional import mse_loss, silu
+from torch.nn.functional import silu
 
 import moecomm.functional as mf
-from tests import one_process
+from tests import layers, one_process
 from tests.layers import experts_by_row
-from tests.one_process import BALANCE, RATE, Run, Sizes
+from tests.one_process import RATE, Run, Sizes
 from tests.spawn import run_ranks
 
 STEPS, CLIP = 5, 0.5
@@ -83,15 +83,11 @@ def train(sizes: Sizes, shape: tuple[int, int, int], order: str, dtensors: bool,
     )
 
     def forward(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        balances = []
-        for i in range(sizes.layers):
-            own = {name.removeprefix(f"{i}."): p for name, p in parameters.items() if name.startswith(f"{i}.")}
-            into, out = (p.to_local() if isinstance(p, DTensor) else p for p in (own["experts.into"], own["experts.out"]))
-            x = x + one_process.dense(x, own["dense.into"], own["dense.out"])
-            z, balance = LAYERS[order](x.flatten(0, 1), own["gate"], into, out, sizes.top_k, mesh, tokens)
-            x = x + z.view_as(x)
-            balances.append(balance)
-        return mse_loss(x @ parameters["head"].T, y) + BALANCE * torch.stack(balances).sum()
+        def moe(x: Tensor, gate: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+            into, out = (p.to_local() if isinstance(p, DTensor) else p for p in (into, out))
+            return LAYERS[order](x, gate, into, out, sizes.top_k, mesh, tokens)
+
+        return layers.loss(parameters, x, y, sizes, moe)
 
     step_loss = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
     losses, norms = [], []
