@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test test-fast lint format bench clean
+.PHONY: demo test test-all test-fast lint format bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -16,7 +16,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a small Mixture-of-Experts language model on 4 processes; make demo ARGS="--help"
 	$(BIN)/python -m tutorials.demo $(ARGS)
 
-test: $(READY)  ## the whole suite
+test: $(READY)  ## the suite
+	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+
+test-all: $(READY)  ## with every one of very many like cases, too
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(READY)  ## the inner loop: under two minutes

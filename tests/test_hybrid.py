@@ -168,6 +168,11 @@ def expected(sizes: Sizes) -> Run:
 FAST = [Split(1, 2, 4, 2, 2, 2), Split(2, 2, 2, 1, 2, 2), Split(2, 2, 2, 2, 2, 1)]
 
 
+def marks(number: int, split: Split) -> list[pytest.MarkDecorator]:
+    """Some in the inner loop, some more in every run, all of them where all is asked for."""
+    return [] if split in FAST else [pytest.mark.slow] if number % 5 == 0 else [pytest.mark.slow, pytest.mark.exhaustive]
+
+
 def test_the_splits_are_all_there_are() -> None:
     found = splits(WORLD)
     assert len(set(found)) == len(found)
@@ -179,7 +184,7 @@ def test_the_splits_are_all_there_are() -> None:
 
 @pytest.mark.parametrize(
     "split",
-    [pytest.param(split, id=str(split), marks=[] if split in FAST else pytest.mark.slow) for split in splits(WORLD)],
+    [pytest.param(split, id=str(split), marks=marks(number, split)) for number, split in enumerate(splits(WORLD))],
 )
 def test_training_split_over_8_ranks_is_that_of_one_process(split: Split) -> None:
     sizes = SIZES._replace(layers=max(2, split.pp))
