@@ -146,7 +146,9 @@ BACKWARD = ["all_to_all_single", "combine_exchange", "dispatch_exchange", "retur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ep", "reshard"), [(2, True), (2, False), (4, False), (1, True)])
+@pytest.mark.parametrize(
+    ("ep", "reshard"), [(2, True), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((2, False), (4, False), (1, True)))]
+)
 def test_each_block_is_one_graph_that_sends_nothing_but_its_exchanges(ep: int, reshard: bool) -> None:
     sizes = Sizes()
     expected = one_process.train(sizes, STEPS)

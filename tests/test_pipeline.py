@@ -125,10 +125,14 @@ def total(parts: list[Tensor], group: GroupLike) -> Tensor:
 
 
 EAGER = [(schedule.__name__, False) for schedule in SCHEDULES]
-COMPILED = [(schedule.__name__, True) for schedule in (ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble)]
+COMPILED = [
+    pytest.param(ScheduleGPipe.__name__, True, marks=pytest.mark.slow),
+    pytest.param(ScheduleInterleaved1F1B.__name__, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    pytest.param(ScheduleZBVZeroBubble.__name__, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+]
 
 
-@pytest.mark.parametrize(("schedule", "compiled"), [*EAGER, *(pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED)])
+@pytest.mark.parametrize(("schedule", "compiled"), [*EAGER, *COMPILED])
 def test_pipelined_training_is_that_of_one_process(schedule: str, compiled: bool) -> None:
     expected = one_process.train(SIZES, STEPS, CLIP, MICROBATCHES)
     assert min(expected.norms) > CLIP
