@@ -21,6 +21,8 @@ from tests.one_process import BALANCE, RATE, Sizes
 from tests.spawn import run_ranks
 from tests.test_tensor_parallel import SPLIT, slices
 
+pytestmark = pytest.mark.slow  # whole trainings; the inner loop has those of test_expert_parallel.py and test_hybrid.py
+
 STEPS, CLIP = 6, 0.5  # a third of them on each arrangement
 
 

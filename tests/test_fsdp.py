@@ -21,7 +21,8 @@ from tests.one_process import BALANCE, RATE, Run, Sizes
 from tests.spawn import run_ranks
 
 fsdp = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_common")
-pytestmark = pytest.mark.skipif(not hasattr(fsdp, "ShardPlacementResult"), reason="this torch has one mesh for all parameters of a block")
+lacking = pytest.mark.skipif(not hasattr(fsdp, "ShardPlacementResult"), reason="this torch has one mesh for all parameters of a block")
+pytestmark = [lacking, pytest.mark.slow]  # whole trainings
 STEPS = 3
 
 

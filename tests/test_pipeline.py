@@ -26,6 +26,8 @@ from tests import layers, one_process
 from tests.one_process import BALANCE, RATE, Run, Sizes
 from tests.spawn import run_ranks
 
+pytestmark = pytest.mark.slow  # whole trainings; the inner loop has those of test_expert_parallel.py and test_hybrid.py
+
 STEPS = 4
 MICROBATCHES = 4
 CLIP = 2.0  # below the norms of all steps

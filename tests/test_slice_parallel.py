@@ -17,6 +17,8 @@ from tests.one_process import BALANCE, RATE, Run, Sizes
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 
+pytestmark = pytest.mark.slow  # whole trainings; the inner loop has those of test_expert_parallel.py and test_hybrid.py
+
 A2A, GATHER = "all_to_all_single", "all_gather_into_tensor"
 STEPS = 5
 

@@ -17,6 +17,8 @@ from tests.layers import experts_by_row
 from tests.one_process import RATE, Run, Sizes
 from tests.spawn import run_ranks
 
+pytestmark = pytest.mark.slow  # whole trainings; the inner loop has those of test_expert_parallel.py and test_hybrid.py
+
 STEPS, CLIP = 5, 0.5
 SPLIT = {"into": 1, "out": 2}  # the hidden dim of the experts' weights: columns of the first, rows of the second
 
