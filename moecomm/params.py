@@ -81,6 +81,19 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradient(param: Tensor) -> Tensor:
+    """The local part of the gradient; zeros in its place where there is none."""
+    if param.grad is not None:
+        return local_part(param.grad)
+    return torch.zeros_like(local_part(param), dtype=param.grad_dtype or param.dtype)
+
+
+def check_dense_gradient(param: Tensor) -> None:
+    """Raise where a parameter's gradient is sparse."""
+    if param.grad is not None and param.grad.layout != torch.strided:
+        wrong_type("params", f"a tensor with a gradient of layout {param.grad.layout}", "tensors with dense gradients")
+
+
 def as_param(param: Tensor, local: Tensor) -> Tensor:
     """``local`` as the DTensor that ``param`` is, if it is one."""
     if not isinstance(param, DTensor):

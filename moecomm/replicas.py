@@ -9,16 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moecomm.errors import MoECommError, wrong_type, wrong_value
+from moecomm.errors import MoECommError, wrong_value
 from moecomm.group import Group, GroupLike, process_group, resolve_group
 from moecomm.ops.place import upload
 from moecomm.ops.rank_sum import rank_sum
 from moecomm.ops.slice import all_gathered, funcol, start_all_gather
 from moecomm.ops.sync import by_dtype
-from moecomm.params import Params, as_param, check_device, local_part, named_tensors
+from moecomm.params import Params, as_param, check_dense_gradient, check_device, local_gradient, local_part, named_tensors
 from moecomm.placement import Placement, checked_rows
 from moecomm.sync import _check_alike
-from moecomm.sync_grads import _gradient
 
 
 def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None) -> None:
@@ -86,12 +85,11 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
     rows = checked_rows(placement, ranks)
     _check_slots([local_part(tensor) for tensor in tensors], len(rows[0]))
     for param in tensors:
-        if param.grad is not None and param.grad.layout != torch.strided:
-            wrong_type("params", f"a tensor with a gradient of layout {param.grad.layout}", "tensors with dense gradients")
+        check_dense_gradient(param)
     if ranks.size == 1 or not tensors:
         return
     with torch.no_grad():
-        grads = [_gradient(param) for param in tensors]
+        grads = [local_gradient(param) for param in tensors]
         # [L, 1], beside each gradient: whether there is one. Where a replica on another rank has one, the sum is not 0.
         flags = [grad.new_full((grad.shape[0], 1), param.grad is not None) for param, grad in zip(tensors, grads, strict=True)]
         buckets = [[tensor for i in bucket for tensor in (grads[i], flags[i])] for bucket in by_dtype(grads)]

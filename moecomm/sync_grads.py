@@ -16,11 +16,12 @@ from moecomm.params import (
     Params,
     as_param,
     check_alike_over,
+    check_dense_gradient,
     check_device,
     chosen_groups,
     copy_,
     in_buckets,
-    local_part,
+    local_gradient,
     named_tensors,
 )
 
@@ -78,14 +79,13 @@ def sync_grads_(
     for ranks, tensors in parts:
         for param in tensors:
             check_alike_over(param, ranks)
-            if param.grad is not None and param.grad.layout != torch.strided:
-                wrong_type("params", f"a tensor with a gradient of layout {param.grad.layout}", "tensors with dense gradients")
+            check_dense_gradient(param)
     with torch.no_grad():
         members, sent = [], []  # of each message: its parameters and their gradients, and what is sent
         for ranks, tensors in parts:
             if ranks.size == 1:
                 continue
-            grads = [_gradient(param) for param in tensors]
+            grads = [local_gradient(param) for param in tensors]
             for bucket in in_buckets(grads, bucket_bytes):
                 own, theirs = [tensors[i] for i in bucket], [grads[i] for i in bucket]
                 divisor = ranks.size if reduce == "mean" else 1
@@ -134,10 +134,3 @@ def _write_back(params: list[Tensor], grads: list[Tensor], flat: Tensor) -> None
     for i in missing:
         if somewhere[i]:
             params[i].grad = as_param(params[i], grads[i])
-
-
-def _gradient(param: Tensor) -> Tensor:
-    """The local part of the gradient; zeros in its place where there is none."""
-    if param.grad is not None:
-        return local_part(param.grad)
-    return torch.zeros_like(local_part(param), dtype=param.grad_dtype or param.dtype)
