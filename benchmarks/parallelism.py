@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from tests import one_process
 from tests.one_process import Run
 from tests.spawn import run_ranks
-from tests.test_hybrid import CLIP, MICROBATCHES, SIZES, STEPS, WORLD, Split, train
+from tests.stages import Split, train
+from tests.test_hybrid import WORLD, expected, training
 
 FILE = Path(__file__).parent.parent / "docs" / "parallelism.md"
 WAYS = {
@@ -33,19 +33,19 @@ WAYS = {
 
 
 def main() -> None:
+    of = training(Split(1, 8, 1, 8, 1, 1))
     lines = [row(name, split) for name, split in WAYS.items()]
-    FILE.write_text(PAGE.format(torch=torch.__version__.split("+")[0], steps=STEPS, clip=CLIP, rows="\n".join(lines)))
+    FILE.write_text(PAGE.format(torch=torch.__version__.split("+")[0], steps=of.steps, clip=of.clip, rows="\n".join(lines)))
     print("\n".join(lines))
 
 
 def row(name: str, split: Split) -> str:
     """A line of the table: the largest relative differences from one process, on any rank."""
-    sizes = SIZES._replace(layers=max(2, split.pp))
-    expected = one_process.train(sizes, STEPS, CLIP, MICROBATCHES)
-    runs = run_ranks(train, WORLD, sizes, split, timeout=300)
-    loss = max(largest(run.losses, expected.losses) for run in runs)
-    norm = max(largest(run.norms, expected.norms) for run in runs)
-    weights = max(weights_differ(run, expected) for run in runs)
+    of = training(split)
+    runs = run_ranks(train, WORLD, of, split, timeout=300)
+    loss = max(largest(run.losses, expected(of).losses) for run in runs)
+    norm = max(largest(run.norms, expected(of).norms) for run in runs)
+    weights = max(weights_differ(run, expected(of)) for run in runs)
     views = f"{split.pp} x ({split.dp}, {split.tp}) | {split.pp} x ({split.edp}, {split.ep}, {split.etp})"
     return f"| {name} | {views} | {loss:.0e} | {norm:.0e} | {weights:.0e} |"
 
