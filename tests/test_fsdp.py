@@ -161,19 +161,39 @@ def test_each_block_is_one_graph_that_sends_nothing_but_its_exchanges(ep: int, r
         assert sorted(graphs) == sorted([forward, backward] * sizes.layers)
 
 
-def train_in_bfloat16(sizes: Sizes, ranks: int, ep: int) -> Run:
+def train_in_bfloat16(sizes: Sizes, ranks: int, ep: int, cases: list[tuple[bool, bool]]) -> list[Run]:
+    """For each case, whether parameters are resharded after the forward pass, and whether each block is compiled."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return train(sizes, build(sizes, ranks, ep, False, policy, OffloadPolicy(), torch.float32), ranks, torch.float32)
+    runs = []
+    for reshard, compiled in cases:
+        torch._dynamo.reset()
+        model = build(sizes, ranks, ep, reshard, policy, OffloadPolicy(), torch.float32)
+        if compiled:
+            for block in model.blocks:
+                block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+        runs.append(train(sizes, model, ranks, torch.float32))
+    return runs
+
+
+WIDE = Sizes(dim=16, hidden=16)  # rows of 32 bytes: grouped_mm takes multiples of 16
 
 
 def test_mixed_precision_stays_near_one_process() -> None:
-    sizes = Sizes()
-    expected = one_process.train(sizes, STEPS)
-    for run in run_ranks(train_in_bfloat16, 4, sizes, 4, 2):
-        # bfloat16 has 8 bits, and a token whose second and third expert are close may get the other one.
-        torch.testing.assert_close(run.losses, expected.losses, rtol=2e-2, atol=0.0)
-        torch.testing.assert_close(run.norms, expected.norms, rtol=5e-2, atol=0.0)
-        assert all(p.dtype == torch.float32 for p in run.parameters.values())
+    expected = one_process.train(WIDE, STEPS)
+    for runs in run_ranks(train_in_bfloat16, 4, WIDE, 4, 2, [(True, False), (False, False)], timeout=200):
+        for run in runs:
+            # bfloat16 has 8 bits, and a token whose second and third expert are close may get the other one.
+            torch.testing.assert_close(run.losses, expected.losses, rtol=2e-2, atol=0.0)
+            torch.testing.assert_close(run.norms, expected.norms, rtol=5e-2, atol=0.0)
+            assert all(p.dtype == torch.float32 for p in run.parameters.values())
+
+
+def test_compiled_mixed_precision_is_the_eager_one() -> None:
+    cases = [(True, False), (True, True), (False, True)]
+    for eager, *compiled in run_ranks(train_in_bfloat16, 4, WIDE._replace(layers=1), 4, 2, cases, timeout=400):
+        for run in compiled:
+            # The same kernels in the same order, forward and backward: not one bit may differ.
+            torch.testing.assert_close(run, eager, rtol=0.0, atol=0.0)
 
 
 def train_offloaded(sizes: Sizes, ranks: int, ep: int) -> Run:
@@ -187,3 +207,14 @@ def test_offloaded_parameters_train_alike() -> None:
     for run in run_ranks(train_offloaded, 4, sizes, 4, 2):
         torch.testing.assert_close(run.losses, expected.losses, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(run.parameters, expected.parameters, rtol=1e-8, atol=1e-10)
+
+
+def pinned_here() -> None:
+    with pytest.raises(RuntimeError, match="Cannot access accelerator device when none is available"):
+        build(Sizes(), 2, 2, True, MixedPrecisionPolicy(), CPUOffloadPolicy(), torch.float64)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator, torch pins the parameters' memory")
+def test_pinned_memory_without_an_accelerator_is_an_error_of_torch_when_the_model_is_wrapped() -> None:
+    """`CPUOffloadPolicy()` has pin_memory=True; without an accelerator it must be False, and torch says that it looks for one."""
+    run_ranks(pinned_here, 2)
