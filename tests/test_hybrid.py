@@ -67,3 +67,13 @@ def test_the_splits_are_all_there_are() -> None:
 def test_training_split_over_8_ranks_is_that_of_one_process(split: Split, compiled: bool) -> None:
     of = training(split)
     assert_is_one_process(run_ranks(train, WORLD, of, split, "GPipe", compiled, timeout=200), expected(of))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("split", [Split(1, 2, 4, 2, 2, 2), pytest.param(Split(2, 1, 4, 1, 1, 4), marks=pytest.mark.exhaustive)])
+def test_hidden_dims_need_not_divide_over_tp_and_etp(split: Split, compiled: bool) -> None:
+    """15 over 2 is 8 and 7, over 4 it is 4, 4, 4 and 3; 9 over 4 is 3, 3, 3 and none: as `slice_scatter` cuts."""
+    for hidden in (15, 9):
+        of = training(split, hidden)
+        assert_is_one_process(run_ranks(train, WORLD, of, split, "GPipe", compiled, timeout=300), expected(of))
