@@ -171,11 +171,14 @@ def test_a_mapping_that_does_not_fit_is_an_error_that_names_the_key_or_the_param
     run_ranks(wrong_mappings_here, 2)
 
 
-def train_beside_ddp(sizes: Sizes, steps: int) -> list[float]:
+def train_beside_ddp(sizes: Sizes, steps: int, compiled: bool) -> list[float]:
     """DDP averages the dense parameters' gradients while the backward pass runs; the experts', which it must leave alone, are moecomm's."""
+    torch._dynamo.reset()
     mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("edp", "ep", "etp"))
     rank, ranks = mesh.get_rank(), mesh.size()
     model = Model(sizes, mesh, seed=0)
+    if compiled:  # all of it as one graph, and DDP around it: torch.compile(DDP(model)) would cut it at DDP's buckets
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     experts = {name: param for name, param in model.named_parameters() if "experts" in name}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(experts))
     together = DistributedDataParallel(model)
@@ -196,8 +199,9 @@ def train_beside_ddp(sizes: Sizes, steps: int) -> list[float]:
     return losses
 
 
-def test_ddp_with_experts_left_out_trains_as_one_process_does() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
+def test_ddp_with_experts_left_out_trains_as_one_process_does(compiled: bool) -> None:
     sizes = Sizes()
     expected = one_process.train(sizes, 5, 0.5).losses
-    for losses in run_ranks(train_beside_ddp, 4, sizes, 5):
+    for losses in run_ranks(train_beside_ddp, 4, sizes, 5, compiled, timeout=200):
         torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-12)
