@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moecomm.dtensor import placed, routed_like, to_local
 from moecomm.errors import check_experts, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.ops.slice import all_gathered, start_all_gather, take_slice
@@ -28,18 +29,23 @@ def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: G
             ``ceil(factor * K * (all ranks' T) / E)`` with a factor of 1 to 2.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
 
-    Returns [T, K], of ``experts``' dtype; ``experts`` itself is not changed.
+    A DTensor goes in as its local shard: on each mesh dim Shard(0) over its tokens, or, where the group does not span it, Replicate.
+
+    Returns [T, K], of ``experts``' dtype; ``experts`` itself is not changed. Of a DTensor, one that is placed alike.
 
     Costs one all-gather of E counts, and no host sync. No backward: the ids are integers.
 
-    Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent. That ranks differ in E cannot be
-    seen here, and the exchange fails or hangs.
+    Raises TypeError or ValueError for an argument that is wrong on this rank, or a DTensor that is placed otherwise, before anything is
+    sent. That ranks differ in E cannot be seen here, and the exchange fails or hangs.
 
     >>> limit_by_capacity(torch.tensor([[0, 1], [0, 2], [1, 0]]), num_experts=3, capacity=2)
     tensor([[ 0,  1],
             [ 0,  2],
             [ 1, -1]])
     """
+    ranks = resolve_group(group)
+    if (like := routed_like({"experts": experts}, ranks)) is not None:
+        return placed(limit_by_capacity(to_local(experts), num_experts, capacity, group), like)
     check_experts(experts)
     if not experts.dtype.is_signed:
         wrong_type("experts", f"of dtype {experts.dtype}", "of a signed integer dtype, which can hold -1")
@@ -48,7 +54,6 @@ def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: G
             wrong_type(name, type(value).__name__, "an int")
         if value < least:
             wrong_value(name, value, f"{least} or more")
-    ranks = resolve_group(group)
     slots = count_slots(experts, num_experts)
     first = slots.starts  # [E]: the place of each expert's first slot, of all ranks', in this rank's order
     if ranks.size > 1:

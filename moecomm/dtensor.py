@@ -14,23 +14,25 @@ placement          logits, experts, weights      x of `dispatch`, as the plan's 
 ``Partial()``      error                         error                                         never
 =================  ============================  ============================================  =======================================
 
-A group spans a mesh dim if two of its ranks differ along it: the experts are then spread over these ranks, so that each must bring tokens
-of its own. From `dispatch` to `combine` the rows are a plain tensor: how many each rank has is its own affair, which no DTensor can say
-(and one with a dynamic size has no backward under torch.compile, torch 2.13). How y is placed stands in the plan's ``layout``, a DTensor
-without elements, so that the plan stays a pytree of tensors, ints and a name, and the graph needs to know no mesh but from a tensor.
+A group spans a mesh dim if two of its ranks differ along it: the experts are then spread over these ranks, or their tokens counted
+together, so that each must bring tokens of its own. From `dispatch` to `combine` the rows are a plain tensor: how many each rank has is
+its own affair, which no DTensor can say (and one with a dynamic size has no backward under torch.compile, torch 2.13). How y is placed
+stands in the plan's ``layout``, a DTensor without elements, so that the plan stays a pytree of tensors, ints and a name, and the graph
+needs to know no mesh but from a tensor. A loss is Replicate on the mesh dims along which all ranks have the same one; on others each has
+its addend of the mean, which is Partial, as DTensor's own means are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moecomm.errors import wrong_value
@@ -42,10 +44,9 @@ def to_local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def check_whole(argument: str, x: Tensor, whole: str) -> None:
-    """Raise if ``x`` is a DTensor that is not whole in all dims but the tokens', of which ``whole`` is the name."""
-    if not isinstance(x, DTensor):
-        return
+def check_whole(argument: str, x: DTensor) -> None:
+    """Raise if ``x`` is not whole in all dims but the tokens'."""
+    whole = "slots" if argument in ("experts", "weights") else "E"
     for i, placement in enumerate(x.placements):
         if not (placement.is_replicate() or _dim(placement) == 0):
             _wrong_placement(
@@ -53,25 +54,32 @@ def check_whole(argument: str, x: Tensor, whole: str) -> None:
             )
 
 
+def routed_like(named: Mapping[str, Tensor | None], group: Group) -> DTensor | None:
+    """The last DTensor of these arguments, which are of the same tokens; None where there is none.
+
+    Raises ValueError where one has a placement that cannot be routed, or two of them do not hold the same tokens.
+    """
+    given = {name: x for name, x in named.items() if isinstance(x, DTensor)}
+    for name, x in given.items():
+        if name == "like":
+            _check_hidden(name, x)
+        else:
+            check_whole(name, x)
+        _check_spanned(name, x, group)
+        first_name, first = next(iter(given.items()))
+        if not same_tokens(x, first):
+            wrong_value(name, _described(x), f"sharded over tokens as {first_name} is, {_described(first)}")
+    return list(given.values())[-1] if given else None
+
+
 def make_layout(experts: Tensor, weights: Tensor, like: Tensor | None, group: Group) -> Tensor | None:
     """How a plan's y will be placed, as a DTensor [T of all ranks, 0, ...]; None where none of the three is a DTensor.
 
     Raises ValueError where one has a placement that cannot be routed, or two of them do not hold the same tokens.
     """
-    named = {"experts": experts, "weights": weights, "like": like}
-    given = {name: x for name, x in named.items() if isinstance(x, DTensor)}
-    if not given:
+    last = routed_like({"experts": experts, "weights": weights, "like": like}, group)
+    if last is None:
         return None
-    first_name, first = next(iter(given.items()))
-    for name, x in given.items():
-        if name == "like":
-            _check_hidden(name, x)
-        else:
-            check_whole(name, x, "slots")
-        _check_spanned(name, x, group)
-        if not same_tokens(x, first):
-            wrong_value(name, _described(x), f"sharded over tokens as {first_name} is, {_described(first)}")
-    last = list(given.values())[-1]
     empty = (0,) * (last.dim() - 1)
     here = to_local(last.detach())
     return _as_dtensor(here.new_empty(here.shape[0], *empty), last.device_mesh, last.placements, (last.shape[0], *empty))
@@ -112,6 +120,39 @@ def placed(y: Tensor, like: Tensor | None) -> Tensor:
         if dim := _dim(placement):  # neither None nor that of the tokens
             shape[dim] = shape[dim] * like.device_mesh.size(i)
     return _as_dtensor(y, like.device_mesh, like.placements, shape)
+
+
+def alike_over(x: DTensor, group: Group) -> tuple[bool, list[bool]]:
+    """Whether the group is all ranks of the mesh of ``x`` along some dims; and of each dim whether its ranks have the group's result alike.
+
+    The group spans no dim on which ``x`` is Replicate: on these, each group has a like one beside it.
+    """
+    mesh = x.device_mesh
+    covered = _covered(mesh, group.name) if group.size > 1 else [False] * mesh.ndim
+    alike = [covered[i] or mesh.size(i) == 1 or _dim(placement) != 0 for i, placement in enumerate(x.placements)]
+    return any(covered), alike
+
+
+def check_replicated(argument: str, x: DTensor, tokens: DTensor | None, group: Group) -> None:
+    """Raise unless ``x`` is the same on all ranks of its mesh, and what the group makes of ``tokens`` on all ranks of theirs."""
+    for i, placement in enumerate(x.placements):
+        if not placement.is_replicate():
+            _wrong_placement(argument, placement, i, "Replicate() there")
+    if tokens is not None and not all(alike_over(tokens, group)[1]):
+        wrong_value("group", f"of {group.size} ranks, with tokens {_described(tokens)}", "of all ranks that have different tokens")
+
+
+def placed_mean(mine: Tensor, mesh: DeviceMesh, alike: Sequence[bool]) -> DTensor:
+    """The mean of what the ranks have: Replicate on the dims where they have the same, on others the addends of the sum, Partial."""
+    ranks = math.prod([mesh.size(i) for i, same in enumerate(alike) if not same])
+    return DTensor.from_local(mine / ranks, mesh, [Replicate() if same else Partial() for same in alike], run_check=False)
+
+
+def token_groups(x: DTensor) -> list[Group]:
+    """The groups whose ranks hold different tokens."""
+    mesh = x.device_mesh
+    split = [i for i, placement in enumerate(x.placements) if _dim(placement) == 0 and mesh.size(i) > 1]
+    return [Group(mesh.get_group(i).group_name, mesh.size(i)) for i in split]
 
 
 def hidden_groups(layout: Tensor | None) -> list[Group]:
@@ -168,6 +209,16 @@ def _spanned(mesh: DeviceMesh, group: str) -> list[bool]:
     ranks = dist.get_process_group_ranks(process_group(group))
     places = [(mesh.mesh == rank).nonzero().flatten().tolist() for rank in ranks]
     return [len({place[i] for place in places if place}) > 1 for i in range(mesh.ndim)]
+
+
+@torch.compiler.assume_constant_result
+def _covered(mesh: DeviceMesh, group: str) -> list[bool]:
+    """The mesh dims that the group spans, where its ranks are all those of the mesh along these dims; else none."""
+    ranks = dist.get_process_group_ranks(process_group(group))
+    spanned = _spanned(mesh, group)
+    line = math.prod(mesh.size(i) for i in range(mesh.ndim) if spanned[i])
+    within = set(ranks) <= set(mesh.mesh.flatten().tolist())
+    return spanned if within and line == len(ranks) else [False] * mesh.ndim
 
 
 def _as_dtensor(y: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:

@@ -70,7 +70,7 @@ def route(
             [0.6000, 0.4000]])
     """
     if isinstance(logits, DTensor):
-        check_whole("logits", logits, "E")
+        check_whole("logits", logits)
         weights, experts = route(
             logits.to_local(), k, score=score, normalize=normalize, scale=scale, bias=None if bias is None else to_local(bias),
             num_groups=num_groups, top_groups=top_groups, group_score=group_score,
