@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.spawn import run_ranks
-from tutorials.demo import data, parallel, train
+from tutorials.demo import data, parallel, pipeline, train
 from tutorials.demo.checkpoint import complete
 from tutorials.demo.model import Shape
 from tutorials.demo.options import parse
@@ -29,21 +29,21 @@ PER_PARAMETER_MESH = parallel.ShardPlacementResult
 def losses(arguments: str, one_mesh: bool = False) -> tuple[list[float], int]:
     """The demo's loss at each step, and how many graphs were compiled; with an FSDP2 that has one mesh a block, where ``one_mesh``."""
     options = parse([*arguments.split(), "--batch", "8"])
-    rank = torch.distributed.get_rank()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     if one_mesh:
         parallel.ShardPlacementResult = None
     try:
-        text = data.read(options.data)
-        meshes = parallel.Meshes("cpu", options.ranks, options.ep)
-        model = parallel.build(Shape(context=64), meshes, options)
+        text, shape = data.read(options.data), Shape(context=64)
+        mesh = parallel.meshes(options)
+        model = parallel.build(shape, mesh, options)
+        schedule = pipeline.schedule(model, mesh, shape, options.batch, options.slice, parallel.compute_dtype(options), 1)
         optimizer = train.adamw(model)
         history: dict[str, Any] = {"step": 0, "train": [], "loads": [], "rows": []}
         for step in range(STEPS):
-            tokens = data.batch(text.train, options.batch, 64, 0, step).chunk(options.ranks)[rank]
-            loss, load = train.train_step(model, meshes, optimizer, tokens, train.learning_rate(step, STEPS))
-            train.record(history, loss, load, False, options)
+            inputs = pipeline.own_part(data.batch(text.train, options.batch, 64, 0, step), mesh, options.slice)
+            loss, load = train.train_step(model, schedule, optimizer, *inputs, train.learning_rate(step, STEPS), mesh, options)
+            train.record(history, loss, load, False, mesh)
     finally:
         parallel.ShardPlacementResult = PER_PARAMETER_MESH
     return history["train"], torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -176,13 +176,31 @@ def test_the_baselines_are_those_of_counting() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--ranks 3 --ep 2", "--ranks was 3; it must be a multiple of --ep, 2"),
+        ("--ranks 3 --ep 2", "--ep * --etp was 2 * 1 = 2; it must divide the ranks of a stage, --ranks / --pp = 3 / 1 = 3"),
+        (
+            "--ranks 8 --pp 2 --tp 2 --etp 4 --ep 2",
+            "--ep * --etp was 2 * 4 = 8; it must divide the ranks of a stage",
+        ),
+        ("--ranks 6 --pp 2 --tp 2", "--pp * --tp was 2 * 2 = 4; it must divide --ranks, 6"),
+        ("--pp 3", "--pp was 3; it must divide the 4 layers"),
+        ("--tp 3", "--tp was 3; it must divide the 4 heads of the attention"),
+        ("--etp 3", "--etp was 3; it must divide the hidden dim of an expert, 256"),
+        ("--etp 0", "--etp was 0; it must be at least 1"),
+        (
+            "--ranks 12 --tp 4 --ep 3 --experts 9",
+            "--ranks / (--pp * --tp) was 12 / (1 * 4) = 3; it must divide",
+        ),
+        ("--ranks 6 --batch 12", "--ranks / (--pp * --ep * --etp) was 6 / (1 * 2 * 1) = 3; it must divide the width of the model, 128"),
+        (
+            "--pp 4 --batch 20",
+            "--ranks / (--pp * --tp) = 1, times the 8 microbatches that --pp 4 takes: 8",
+        ),
         ("--experts 7", "--experts was 7; it must be a multiple of --ep, 2"),
         ("--top-k 9", "--top-k was 9; it must be at most --experts, 8"),
         ("--steps 0", "--steps was 0; it must be at least 1"),
         ("--data /nowhere", "--data was /nowhere; it must be a file or a folder that exists"),
         ("--dtype float32", "--dtype was float32; it must be bfloat16"),
-        ("--batch 6", "--batch was 6; it must be a multiple of --ranks, 4"),
+        ("--batch 6", "--batch was 6; it must be a multiple of the data-parallel ranks, --ranks / (--pp * --tp) = 4"),
     ],
 )
 def test_wrong_options_are_named(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 KEPT = 2  # the newest checkpoints
+BY_NAME = StateDictOptions(
+    flatten_optimizer_state_dict=True
+)  # the optimizer's state by parameters' names: its groups differ from stage to stage
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, Any]) -> None:
@@ -38,7 +41,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     newest = complete(folder)[-1]
     state = _state(model, optimizer)
     dcp.load(state, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME)
     return json.loads((newest / "history.json").read_text())
 
 
@@ -48,5 +51,5 @@ def complete(folder: Path) -> list[Path]:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
     return {"model": model_state, "optimizer": optimizer_state}

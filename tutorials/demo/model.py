@@ -1,4 +1,5 @@
-"""A byte-level Mixture-of-Experts transformer: an ordinary one but for `MoE`, which reads as it would on one process."""
+"""A byte-level Mixture-of-Experts transformer that reads as it would on one process: in a group of one, every function of moecomm
+for slices and sums gives what it got."""
 
 from __future__ import annotations
 
@@ -24,78 +25,101 @@ class Shape(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Names of process groups: plain data, and so nothing that a compiled graph must look into."""
+    """Names of process groups: plain data, and so nothing that a compiled graph must look into. "" is this process alone."""
 
-    experts: str | None = None  # the ranks that the experts are spread over
-    tokens: str | None = None  # the ranks that the batch is spread over
+    experts: str = ""  # the ranks that the experts are spread over
+    hidden: str = ""  # the ranks that the hidden dim of each expert is split over
+    heads: str = ""  # the ranks that the heads of the attention are split over
+    tokens: str = ""  # the ranks that have these layers, and the whole batch between them
+    ranks: int = 1  # of ``tokens``
+    slice: bool = False  # whether the heads' ranks all have the same tokens, and slice them for the experts alone
+
+
+BALANCE = 0.01  # the weight of the balance loss, the mean over the layers
 
 
 class Transformer(nn.Module):
     def __init__(self, shape: Shape, groups: Groups) -> None:
         super().__init__()
-        self.embed = nn.Embedding(shape.vocabulary, shape.dim)
-        self.blocks = nn.ModuleList(Block(shape, groups) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.dim)
-        self.head = nn.Linear(shape.dim, shape.vocabulary, bias=False)
+        self.embed: nn.Module | None = nn.Embedding(shape.vocabulary, shape.dim)
+        self.blocks = nn.ModuleDict({str(i): Block(shape, groups) for i in range(shape.layers)})
+        self.norm: nn.Module | None = nn.RMSNorm(shape.dim)
+        self.head: nn.Module | None = nn.Linear(shape.dim, shape.vocabulary, bias=False)
         self.register_buffer("turns", rotations(shape.context, shape.dim // shape.heads), persistent=False)  # [context, head / 2, 2]
+        self.loads: list[Tensor] = []  # of each forward pass: the rows of each local expert [layers, L]
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02 if parameter is self.embed.weight else parameter.shape[-1] ** -0.5)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens [B, length] -> logits [B, length, vocabulary], the balance loss, and the rows of each local expert [layers, L]."""
-        x = self.embed(tokens)  # [B, length, D]
-        balance, loads = [], []
-        for block in self.blocks:
-            x, loss, load = block(x, self.turns)
-            balance.append(loss)
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, length] -> logits [B, length, vocabulary]; a pipeline's stage gets, or gives, activations [B, length, D] instead."""
+        if self.embed is not None:
+            x = self.embed(x)  # [B, length, D]
+        loads = []
+        for block in self.blocks.values():
+            x, load = block(x, self.turns)
             loads.append(load)
-        return self.head(self.norm(x)).float(), torch.stack(balance).mean(), torch.stack(loads)
+        self.loads.append(torch.stack(loads))
+        return x if self.head is None else self.head(self.norm(x)).float()
 
 
 class Block(nn.Module):
     def __init__(self, shape: Shape, groups: Groups) -> None:
         super().__init__()
+        self.groups = groups
         self.attention_norm = nn.RMSNorm(shape.dim)
-        self.attention = Attention(shape)
+        self.attention = Attention(shape, groups)
         self.moe_norm = nn.RMSNorm(shape.dim)
         self.moe = MoE(shape, groups)
 
-    def forward(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attention(self.attention_norm(x), turns)
-        y, balance, load = self.moe(self.moe_norm(x).flatten(0, 1))  # [T, D], T = B * length
-        return x + y.view_as(x), balance, load
+        tokens = x.flatten(0, 1)  # [B * length, D]
+        if self.groups.slice:
+            tokens = mf.slice_scatter(tokens, self.groups.heads)
+        y, load = self.moe(self.moe_norm(tokens))  # [T, D]
+        if self.groups.slice:
+            y = mf.slice_gather(y, self.groups.heads, size=x.shape[0] * x.shape[1])
+        return x + y.view_as(x), load
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    """Causal self-attention. The parameters are of all heads on one process, DTensors over the tensor-parallel ranks on several."""
+
+    def __init__(self, shape: Shape, groups: Groups) -> None:
         super().__init__()
-        self.heads = shape.heads
-        self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)
+        self.groups, self.width = groups, shape.dim // shape.heads
+        self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)  # a head's q, k and v stand together
         self.out = nn.Linear(shape.dim, shape.dim, bias=False)
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, length, head] each
+        x = mf.sum_gradient(x, self.groups.heads) if self.groups.slice else mf.slice_gather(x, self.groups.heads, dim=1, grad="reduce")
+        heads = F.linear(x, local(self.qkv.weight, x)).unflatten(-1, (-1, 3, self.width))  # [B, length, heads, 3, head]
+        q, k, v = heads.permute(3, 0, 2, 1, 4)  # [B, heads, length, head] each
         y = F.scaled_dot_product_attention(rotate(q, turns), rotate(k, turns), v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))  # [B, length, D]
+        y = F.linear(y.transpose(1, 2).flatten(2), local(self.out.weight, x))  # [B, length, D]: what these heads add to it
+        return mf.sum_ranks(y, self.groups.heads) if self.groups.slice else mf.slice_reduce(y, self.groups.heads, dim=1)
 
 
 class MoE(nn.Module):
     def __init__(self, shape: Shape, groups: Groups) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.groups = shape.experts, shape.top_k, groups
+        self.balance = BALANCE / shape.layers / groups.ranks  # of the one loss of all ranks, whose gradients are summed
         self.gate = nn.Linear(shape.dim, shape.experts, bias=False)
         self.experts = Experts(shape)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.gate(x).float()  # [T, E]
         weights, experts = mf.route(logits, self.top_k)  # [T, K] each
-        plan = mf.plan(experts, weights, self.num_experts, self.groups.experts, like=x)
+        balance = mf.load_balance_loss(logits.softmax(-1), experts, self.groups.tokens)
+        # The ranks that split an expert's hidden dim send on the tokens of all of them; alone, a rank has all of x already.
+        x, weights = (mf.slice_gather(each, self.groups.hidden, grad="reduce") for each in (x, weights))
+        plan = mf.plan(mf.slice_gather(experts, self.groups.hidden), weights, self.num_experts, self.groups.experts, like=x)
         rows = mf.dispatch(x, plan)  # [N, D]
         rows = self.experts(rows, plan.offsets)
-        y = mf.combine(rows, plan)  # [T, D]
-        balance = mf.load_balance_loss(logits.softmax(-1), experts, self.groups.tokens)
-        return y, balance, plan.offsets.diff(prepend=plan.offsets.new_zeros(1))
+        y = mf.slice_reduce(mf.combine(rows, plan), self.groups.hidden)  # [T, D]
+        return mf.attach_loss(y, balance, self.balance), plan.offsets.diff(prepend=plan.offsets.new_zeros(1))
 
 
 class Experts(nn.Module):
@@ -103,13 +127,18 @@ class Experts(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.into = nn.Parameter(torch.empty(shape.experts, 2 * shape.hidden, shape.dim))
+        self.into = nn.Parameter(torch.empty(shape.experts, 2, shape.hidden, shape.dim))
         self.out = nn.Parameter(torch.empty(shape.experts, shape.dim, shape.hidden))
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        into, out = ((w.to_local() if isinstance(w, DTensor) else w).to(rows.dtype) for w in (self.into, self.out))  # [L, ...]
+        into, out = local(self.into, rows).flatten(1, 2), local(self.out, rows)  # [L, 2 * hidden, D], [L, D, hidden]
         gate, up = F.grouped_mm(rows, into.transpose(1, 2), offs=offsets).chunk(2, -1)  # [N, hidden] each
         return F.grouped_mm(F.silu(gate) * up, out.transpose(1, 2), offs=offsets)  # [N, D]
+
+
+def local(weight: Tensor, like: Tensor) -> Tensor:
+    """What this rank has of a weight, in the dtype that it is multiplied in."""
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).to(like.dtype)
 
 
 def rotations(length: int, width: int) -> Tensor:

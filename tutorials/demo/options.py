@@ -5,16 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tutorials.demo.model import Shape
+from tutorials.demo.splits import default_ep, misfits, nearest
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, checked against each other; argparse's own message and exit where they do not fit."""
     parser = argparse.ArgumentParser(
         prog="make demo",
         description="Train a byte-level Mixture-of-Experts transformer with moecomm on several processes.",
+        epilog="--pp * --tp must divide --ranks, and what is left is data-parallel; --ep * --etp must divide --ranks / --pp.",
     )
     parser.add_argument("--ranks", type=int, default=4, help="processes (on --device cuda: one a GPU); default %(default)s")
-    parser.add_argument("--ep", type=int, help="ranks that the experts are spread over; a divisor of --ranks; default 2, or 1 for one rank")
-    parser.add_argument("--experts", type=int, default=8, help="experts a layer; a multiple of --ep; default %(default)s")
+    parser.add_argument("--pp", type=int, default=1, help="stages of a pipeline, which the layers are divided between; default %(default)s")
+    parser.add_argument(
+        "--tp", type=int, default=1,
+        help="ranks that the heads of the attention are split over, and all else by the length of the sequences; default %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--ep", type=int, help="ranks that the experts are spread over; default 2, or 1 where a stage has an odd number")
+    parser.add_argument("--etp", type=int, default=1, help="ranks that each expert's hidden dim is split over; default %(default)s")
+    parser.add_argument(
+        "--slice", action="store_true",
+        help="all --tp ranks have the whole sequences, and slice them for the experts alone",
+    )  # fmt: skip
+    parser.add_argument("--experts", type=int, default=8, help="experts a layer; default %(default)s")
     parser.add_argument("--top-k", type=int, default=2, help="experts a token; default %(default)s")
     parser.add_argument("--data", type=Path, help="a text file, or a folder of them; default: the sources of Python's standard library")
     parser.add_argument("--steps", type=int, default=240, help="training steps; default %(default)s")
@@ -31,18 +45,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the parameters, the batches and the sample; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where plots and checkpoints go; default %(default)s")
     options = parser.parse_args(arguments)
-    if options.ep is None:
-        options.ep = 2 if options.ranks % 2 == 0 else 1
-    for name in ("ranks", "ep", "experts", "top_k", "steps", "batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} was {getattr(options, name)}; it must be at least 1")
-    for name, of in (("ranks", "ep"), ("experts", "ep"), ("batch", "ranks")):
-        if getattr(options, name) % getattr(options, of):
-            parser.error(f"--{name} was {getattr(options, name)}; it must be a multiple of --{of}, {getattr(options, of)}")
-    if options.top_k > options.experts:
-        parser.error(f"--top-k was {options.top_k}; it must be at most --experts, {options.experts}")
+    for name in ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "steps", "batch"):
+        if (size := getattr(options, name)) is not None and size < 1:
+            parser.error(f"--{name.replace('_', '-')} was {size}; it must be at least 1")
+    ep_by_default = options.ep is None
+    if ep_by_default:
+        options.ep = default_ep(options)
+    shape = shape_of(options)
+    if misfit := next(misfits(options, shape), None):
+        instead = " or ".join(f"`{change}`" for change in nearest(options, shape, ep_by_default))
+        parser.error(f"{misfit}: the nearest that fit are {instead}")
     if options.data is not None and not options.data.exists():
         parser.error(f"--data was {options.data}; it must be a file or a folder that exists")
     if options.compile and options.dtype == "float32":
         parser.error("--dtype was float32; it must be bfloat16 but with --no-compile: torch traces grouped_mm in bfloat16 alone")
     return options
+
+
+def shape_of(options: argparse.Namespace) -> Shape:
+    return Shape(experts=options.experts, top_k=options.top_k)

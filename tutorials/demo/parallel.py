@@ -1,17 +1,27 @@
-"""The parallel plan, apart from the model: experts over ep x edp, everything else under FSDP2 over all ranks, each block compiled once."""
+"""The parallel plan, apart from the model: who has which part of what, and FSDP2 over the ranks that have the same part.
+
+    the layers                        over pp, a stage each; the embedding is in the first, the head in the last
+    the heads of the attention        over tp
+    the experts, their hidden dims    over ep, over etp
+    all of it                         under FSDP2 over the ranks that have the same part and other tokens
+
+Each block is compiled once.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import moecomm.functional as mf
-from tutorials.demo.model import Experts, Groups, Shape, Transformer
+from moecomm.mesh import MoEMesh, moe_mesh
+from tutorials.demo.model import Groups, Shape, Transformer
 
 try:
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
@@ -19,33 +29,59 @@ except ImportError:  # an older torch: one mesh for all parameters of a block
     FSDPMeshInfo = ShardPlacementResult = None
 
 
-class Meshes:
-    """Two views of the same ranks: expert (edp, ep) and dense (dp)."""
+class Spread(NamedTuple):
+    """Where a parameter is."""
 
-    def __init__(self, device: str, ranks: int, ep: int) -> None:
-        expert = init_device_mesh(device, (ranks // ep, ep), mesh_dim_names=("edp", "ep"))
-        self.edp, self.ep = expert["edp"], expert["ep"]
-        # A dim of the same mesh, so that DTensor reduces over both of its dims at once; with ep = 1, edp is all ranks already.
-        self.dense = self.edp if ep == 1 else expert._flatten("dp")
+    parts: DeviceMesh | None  # over whose dims it is split; None: all of it is on every rank
+    dims: list[int]  # along which
+    same: DeviceMesh  # the ranks that have the same part, each with the gradient of its own tokens
+    model: int = 0  # the dim along which FSDP2 shards it over them: that of the model's width, where parts are split along others
 
 
-def build(shape: Shape, meshes: Meshes, options: Namespace) -> Transformer:
+def meshes(options: Namespace) -> MoEMesh:
+    return moe_mesh(options.device, pp=options.pp, tp=options.tp, ep=options.ep, etp=options.etp)
+
+
+def spread(name: str, mesh: MoEMesh, sliced: bool) -> Spread:
+    """What becomes of the parameter of this name."""
+    dense, expert = mesh.dense, mesh.expert
+    # A dim of size 1 splits nothing, and then FSDP2 needs one mesh for all parameters that are over the same ranks.
+    if ".experts." in name and expert["ep"].size() * expert["etp"].size() > 1:
+        hidden, model = (2, 3) if name.endswith("into") else (2, 1)  # into [E, 2, hidden, D], out [E, D, hidden]
+        return Spread(expert["ep", "etp"], [0, hidden], expert["edp"], model)
+    if dense["tp"].size() > 1:
+        if ".attention." in name:
+            heads, model = (0, 1) if ".qkv." in name else (1, 0)  # qkv [3 * D, D], out [D, D]
+            return Spread(dense["tp"], [heads], dense["dp"], model)
+        if sliced and ".moe" not in name:
+            return Spread(None, [], dense["dp"])  # all tp ranks compute it alike, from the same tokens
+    return Spread(None, [], mesh.stage)
+
+
+def build(shape: Shape, mesh: MoEMesh, options: Namespace) -> Transformer:
     """The model as every arrangement of the ranks begins it, then spread over them."""
     torch.manual_seed(options.seed)
-    model = Transformer(shape, Groups(meshes.ep.get_group().group_name, meshes.dense.get_group().group_name))
-    model.to(meshes.dense.device_type)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            for name, weight in list(module.named_parameters()):
-                # Every rank made the same weights from the seed, so that nothing needs to be sent.
-                setattr(module, name, nn.Parameter(distribute_tensor(weight.data, meshes.ep, [Shard(0)], src_data_rank=None)))
+    views = mesh.expert["ep"], mesh.expert["etp"], mesh.dense["tp"], mesh.stage
+    names = [view.get_group().group_name for view in views]
+    model = Transformer(shape, Groups(*names, ranks=mesh.stage.size(), slice=options.slice)).to(options.device)
+    keep_stage(model, mesh.dense["pp"])
+    where = {name: spread(name, mesh, options.slice) for name, _ in model.named_parameters()}
+    for name, parameter in list(model.named_parameters()):
+        parts, dims = where[name][:2]
+        if parts is not None:
+            module, _, last = name.rpartition(".")
+            # Every rank made the same weights from the seed, so that nothing needs to be sent.
+            part = distribute_tensor(parameter.data, parts, [Shard(dim) for dim in dims], src_data_rank=None)
+            setattr(model.get_submodule(module), last, nn.Parameter(part))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(options), reduce_dtype=torch.float32)
-    for block in model.blocks:
-        _shard_block(block, meshes, policy)
+    of_parameter = {parameter: where[name] for name, parameter in model.named_parameters()}
+    for block in model.blocks.values():
+        shard_block(block, mesh.stage, of_parameter, policy)
         if options.compile:
             block.forward = torch.compile(block.forward, fullgraph=True, backend=options.backend)
-    fully_shard(model, mesh=meshes.dense, mp_policy=policy)
-    for module in (model, *model.blocks):
+    ends = spread("head.weight", mesh, options.slice)  # and the embedding's, and the last norm's
+    fully_shard(model, mesh=ends.same, mp_policy=policy, ignored_params=apart(model.blocks, mesh.stage, of_parameter))
+    for module in (model, *model.blocks.values()):
         # Gradients are summed, and the loss is divided by the ranks: an expert has its ep ranks' gradients already, since their tokens
         # came to it, so that a mean over its own mesh dim would be the wrong one.
         module.set_gradient_divide_factor(1)
@@ -53,34 +89,49 @@ def build(shape: Shape, meshes: Meshes, options: Namespace) -> Transformer:
     return model
 
 
-def _shard_block(block: nn.Module, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
-    """A block as one FSDP module, so that no hook stands inside it: its experts are sharded over edp, the rest over all ranks."""
-    experts = set(block.moe.experts.parameters())
-    placement = None
-    if ShardPlacementResult is not None:
-        # The experts stand in dim 0 for ep; sharding dim 1 over edp needs no even number of experts a rank.
-        same = meshes.edp is meshes.dense
-        over_edp = Shard(1) if same else ShardPlacementResult(Shard(1), FSDPMeshInfo(meshes.edp, shard_mesh_dim=0))
-        placement = lambda parameter: over_edp if parameter in experts else None  # noqa: E731
+def keep_stage(model: Transformer, pp: DeviceMesh) -> None:
+    """Remove what other stages have. What stays keeps its name, so that a checkpoint is that of the whole model."""
+    stages, stage = pp.size(), pp.get_local_rank()
+    own = len(model.blocks) // stages
+    for i in range(len(model.blocks)):
+        if i // own != stage:
+            del model.blocks[str(i)]
+    if stage != 0:
+        model.embed = None
+    if stage != stages - 1:
+        model.norm = model.head = None
+
+
+def shard_block(block: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, Spread], policy: MixedPrecisionPolicy) -> None:
+    """A block as one FSDP module, so that no hook stands inside it: each of its parameters over the mesh that `spread` says."""
+    infos: dict[str, FSDPMeshInfo] = {}  # of a group: FSDP2 takes one object for all parameters over it
+
+    def placement(parameter: nn.Parameter) -> Shard | ShardPlacementResult:
+        to = where[parameter]
+        if to.same is stage:
+            return Shard(to.model)
+        info = infos.setdefault(to.same.get_group().group_name, FSDPMeshInfo(to.same, shard_mesh_dim=0))
+        return ShardPlacementResult(Shard(to.model), info)
+
     fully_shard(
-        block, mesh=meshes.dense, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False,  # small: gather once a step
-        ignored_params=_replicated(block),
+        block, mesh=stage, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False,  # small: gather once a step
+        ignored_params=apart(block, stage, where),
     )  # fmt: skip
 
 
-def _replicated(module: nn.Module) -> set[nn.Parameter] | None:
-    """The experts' parameters where FSDP2 cannot shard them over a mesh of their own; `sync_replicated_` does their data parallelism."""
+def apart(module: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, Spread]) -> set[nn.Parameter] | None:
+    """The parameters that FSDP2 cannot shard over a mesh of their own; `sync_replicated_` does their data parallelism."""
     if ShardPlacementResult is not None:
         return None
-    return {parameter for part in module.modules() if isinstance(part, Experts) for parameter in part.parameters()}
+    return {parameter for parameter in module.parameters() if where[parameter].same is not stage}
 
 
-def sync_replicated_(model: nn.Module, meshes: Meshes) -> None:
-    """Nothing where FSDP2 shards the experts; else the sum of their gradients over edp."""
-    for block in model.blocks:
-        experts = _replicated(block)
-        if experts:
-            mf.sync_grads_(experts, meshes.edp, reduce="sum")
+def sync_replicated_(model: Transformer, mesh: MoEMesh, sliced: bool) -> None:
+    """Nothing where FSDP2 shards every parameter; else the sums of the gradients of the others over the ranks that have them too."""
+    if ShardPlacementResult is None:
+        where = {parameter: spread(f"blocks.{name}", mesh, sliced) for name, parameter in model.blocks.named_parameters()}
+        rest = apart(model.blocks, mesh.stage, where)
+        mf.sync_grads_(rest, {parameter: where[parameter].same for parameter in rest}, reduce="sum")
 
 
 def compute_dtype(options: Namespace) -> torch.dtype:

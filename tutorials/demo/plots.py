@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def loss(history: dict[str, Any], unigram: float, bigram: float, file: Path) -> 
 
 
 def experts(history: dict[str, Any], file: Path) -> None:
-    """For each layer, each expert's share of the rows over the steps; below, the rows that each rank computed."""
+    """For each layer, each expert's share of the rows over the steps; below, the rows that each rank computed in one of its layers."""
     loads = np.array(history["loads"], dtype=float)  # [steps, layers, E]
     steps, layers, count = loads.shape
     shares = loads / loads.sum(-1, keepdims=True).clip(1) * count  # 1 is an even share
@@ -39,8 +40,9 @@ def experts(history: dict[str, Any], file: Path) -> None:
         image = axes[layer].imshow(shares[:, layer].T, vmin=0, vmax=2, extent=edges, **look)
         axes[layer].set(ylabel=f"layer {layer}\nexpert", yticks=range(0, count, max(1, count // 4)))
     figure.colorbar(image, ax=axes[:layers], label="load of each expert (1 = an even share)")
-    for rank, rows in enumerate(zip(*history["rows"], strict=True)):
-        axes[layers].plot(np.arange(1, steps + 1), np.array(rows) / layers, lw=0.9, label=f"rank {rank}")
+    # A run that was resumed on other ranks has rows of fewer of them in some steps.
+    for rank, rows in enumerate(zip_longest(*zip_longest(*history["rows"], fillvalue=math.nan))):
+        axes[layers].plot(np.arange(1, steps + 1), rows, lw=0.9, label=f"rank {rank}")
     axes[layers].set(xlabel="step", ylabel="expert rows a layer", ylim=(0, None))
     axes[layers].legend(ncols=4, fontsize="small")
     figure.savefig(file, dpi=120)

@@ -16,15 +16,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import moecomm.functional as mf
-from tutorials.demo import checkpoint, data, parallel, plots
-from tutorials.demo.model import Experts, Shape, Transformer
-from tutorials.demo.options import parse
+from moecomm.mesh import MoEMesh
+from tutorials.demo import checkpoint, data, parallel, pipeline, plots
+from tutorials.demo.model import Shape, Transformer
+from tutorials.demo.options import parse, shape_of
 
 LEARNING_RATE, WARM_UP, CLIP = 4e-3, 20, 1.0
-BALANCE = 0.01  # the weight of the balance loss
 HELD_OUT_WINDOWS, HELD_OUT_EVERY, SAVE_EVERY = 64, 40, 80
 PROMPT, TEMPERATURE = 96, 0.7  # bytes
 STOP_FILE = "MOECOMM_DEMO_STOP"  # the variable that names a file: once it exists, the ranks save and leave
@@ -44,14 +46,17 @@ def main(options: Namespace) -> None:
 
 def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
     say = print if rank == 0 else lambda *_: None
-    text, shape = data.read(options.data), Shape(experts=options.experts, top_k=options.top_k)
-    held_out = data.windows(text.held_out, -(-HELD_OUT_WINDOWS // options.ranks) * options.ranks, shape.context)  # [windows, context + 1]
-    meshes = parallel.Meshes(options.device, options.ranks, options.ep)
-    model = parallel.build(shape, meshes, options)
+    text, shape = data.read(options.data), shape_of(options)
+    mesh, dtype = parallel.meshes(options), parallel.compute_dtype(options)
+    pp, dp, _, tp = mesh.dense.shape
+    held_out = data.windows(text.held_out, -(-HELD_OUT_WINDOWS // dp) * dp, shape.context)  # [windows, context + 1]
+    model, parts = parallel.build(shape, mesh, options), pipeline.microbatches(pp)
+    schedule = pipeline.schedule(model, mesh, shape, options.batch, options.slice, dtype, parts)
     optimizer = adamw(model)
     say(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {options.experts} experts a layer, top-{options.top_k}; "
-        f"{options.ranks} ranks = {options.ranks // options.ep} edp x {options.ep} ep; "
+        f"{parameters(model, mesh):,} parameters, {shape.experts} experts a layer, top-{shape.top_k}; "
+        f"{options.ranks} ranks = {pp} pp x {dp} dp x {tp} tp, "
+        f"for the experts {pp} pp x {mesh.expert.shape[1]} edp x {options.ep} ep x {options.etp} etp; "
         f"{text.train.numel():,} bytes to train on, {text.held_out.numel():,} held out"
     )
     history: dict[str, Any] = {"step": 0, "train": [], "held_out": [], "loads": [], "rows": []}
@@ -63,26 +68,28 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
 
     bar, stopped = None, False
     while history["step"] < options.steps and not stopped:
-        tokens = data.batch(text.train, options.batch, shape.context, options.seed, history["step"]).chunk(options.ranks)[rank]
-        loss, load = train_step(model, meshes, optimizer, tokens.to(options.device), learning_rate(history["step"], options.steps))
-        stopped = record(history, loss, load, asked(), options)
+        tokens = data.batch(text.train, options.batch, shape.context, options.seed, history["step"]).to(options.device)
+        before, after = pipeline.own_part(tokens, mesh, options.slice, parts)
+        rate = learning_rate(history["step"], options.steps)
+        loss, load = train_step(model, schedule, optimizer, before, after, rate, mesh, options)
+        stopped = record(history, loss, load, asked(), mesh)
         step = history["step"]
         if step % HELD_OUT_EVERY == 0 or step == options.steps:
-            history["held_out"].append([step, held_out_bits(model, held_out.chunk(options.ranks)[rank].to(options.device))])
+            history["held_out"].append([step, held_out_bits(model, held_out.to(options.device), mesh, shape, options)])
         if step % SAVE_EVERY == 0 or step == options.steps or stopped:
             checkpoint.save(options.out / "checkpoints", model, optimizer, history)
         if bar is None:  # made after the first step, so that the time left does not count compilation
             bar = tqdm(total=options.steps, initial=step, unit="step", disable=rank != 0)
         else:
             bar.update()
-        rate = bar.format_dict["rate"] or 0.0
-        bar.set_postfix_str(f"loss {history['train'][-1]:.3f}, {rate * options.batch * shape.context:,.0f} tokens/s")
+        speed = (bar.format_dict["rate"] or 0.0) * options.batch * shape.context
+        bar.set_postfix_str(f"loss {history['train'][-1]:.3f}, {speed:,.0f} tokens/s")
     if bar is not None:
         bar.close()
     if stopped:
         say(f"stopped at step {history['step']}; its checkpoint is in {options.out}/checkpoints, and --resume goes on from it")
         return
-    say(f"\na sample, after {PROMPT} bytes of held-out text:\n{'-' * 80}\n{sample(model, text.held_out, shape, options)}\n{'-' * 80}")
+    say(f"\na sample, after {PROMPT} bytes of held-out text:\n{'-' * 80}\n{sample(model, text.held_out, mesh, shape, options)}\n{'-' * 80}")
     unigram, bigram = data.baselines(text.train, held_out)
     if rank == 0:
         plots.loss(history, unigram, bigram, options.out / "loss.png")
@@ -95,10 +102,17 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     """One group of parameters a mesh: a fused step takes the parameters of one mesh together."""
-    experts = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-    dense = [p for p in model.parameters() if p not in experts]
-    groups = [{"params": dense}, {"params": [p for p in model.parameters() if p in experts]}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    groups_of = [{"params": group} for group in groups.values()]
+    return torch.optim.AdamW(groups_of, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def parameters(model: nn.Module, mesh: MoEMesh) -> int:
+    """How many the whole model has."""
+    mine = torch.tensor([sum(p.numel() for p in model.parameters())], device=mesh.stage.device_type)
+    return int(mf.slice_gather(mine, mesh.dense["pp"]).sum())
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -108,53 +122,67 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train_step(
-    model: Transformer, meshes: parallel.Meshes, optimizer: torch.optim.Optimizer, tokens: Tensor, rate: float
-) -> tuple[Tensor, Tensor]:
-    """One step on this rank's ``tokens`` [B, context + 1]: its loss, and the rows of each of its experts [layers, L]."""
-    logits, balance, load = model(tokens[:, :-1].int())
-    loss = cross_entropy(logits, tokens)
-    ((loss + BALANCE * balance) / meshes.dense.size()).backward()  # the gradients are summed over the ranks
-    parallel.sync_replicated_(model, meshes)
-    mf.clip_grad_norm_(model, CLIP)
+    model: Transformer, schedule: PipelineScheduleSingle, optimizer: torch.optim.Optimizer, before: Tensor, after: Tensor, rate: float,
+    mesh: MoEMesh, options: Namespace,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step on this rank's tokens, what comes ``before`` and ``after`` [B, n]: its loss, on the last stage, and the rows of each of its
+    experts [its layers, L]."""
+    model.loads.clear()
+    losses: list[Tensor] = []  # of each microbatch
+    # The losses are divided by the ranks, and the gradients summed over them.
+    schedule.step(*([before] if model.embed is not None else []), target=after if model.head is not None else None, losses=losses)
+    parallel.sync_replicated_(model, mesh, options.slice)
+    mf.clip_grad_norm_(model, CLIP, {"*": mesh.dense["pp"]})
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return loss.detach(), load
+    ranks = pipeline.ranks_of_loss(mesh, options.slice)
+    loss = torch.stack([loss.detach() for loss in losses]).mean() * ranks if losses else after.new_zeros((), dtype=torch.float32)
+    return loss, torch.stack(model.loads).sum(0)
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().long())
-
-
-def record(history: dict[str, Any], loss: Tensor, load: Tensor, asked: bool, options: Namespace) -> bool:
+def record(history: dict[str, Any], loss: Tensor, load: Tensor, asked: bool, mesh: MoEMesh) -> bool:
     """Add a step to ``history``, alike on all ranks, in one message; whether any rank was asked to stop."""
     mine = torch.cat((loss.double()[None], load.flatten().double(), loss.new_full((1,), asked).double()))
-    everyone = mf.slice_gather(mine[None], None).cpu()  # [ranks, 1 + layers * L + 1]: the host sync of a step
-    loads = everyone[:, 1:-1].view(-1, options.ep, *load.shape)  # [edp, ep, layers, L]
+    everyone = mf.slice_gather(mine[None], None).cpu()  # [ranks, 1 + layers / pp * L + 1]: the host sync of a step
+    loads = everyone[:, 1:-1].view(*mesh.expert.shape, *load.shape)  # [pp, edp, ep, etp, layers / pp, L]
     history["step"] += 1
-    history["train"].append(everyone[:, 0].mean().item())
-    history["loads"].append(loads.sum(0).transpose(0, 1).flatten(1).int().tolist())  # [layers, E]
-    history["rows"].append(loads.sum((2, 3)).flatten().int().tolist())  # [ranks]
+    history["train"].append(everyone[:, 0].view(mesh.dense.shape[0], -1)[-1].mean().item())
+    # The etp ranks have parts of the same experts, and so the same rows.
+    history["loads"].append(loads[:, :, :, 0].sum(1).transpose(1, 2).flatten(2).flatten(0, 1).int().tolist())  # [layers, E]
+    history["rows"].append((loads.sum((4, 5)) / load.shape[0]).flatten().tolist())  # [ranks]: of the mean of its layers
     return bool(everyone[:, -1].any())
 
 
-def held_out_bits(model: Transformer, tokens: Tensor) -> float:
-    """Bits a byte on all ranks' held-out windows, of which ``tokens`` [windows, context + 1] are this rank's."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # another batch size: not worth a compilation
-        loss = cross_entropy(model(tokens[:, :-1].int())[0], tokens)
-    return mf.slice_gather(loss[None].double(), None).mean().item() / math.log(2)
+def held_out_bits(model: Transformer, tokens: Tensor, mesh: MoEMesh, shape: Shape, options: Namespace) -> float:
+    """Bits a byte on the held-out windows ``tokens`` [windows, context + 1]."""
+    before, after = pipeline.own_part(tokens, mesh, options.slice)
+    logits = pipeline.forward(model, before, mesh, shape, parallel.compute_dtype(options))
+    loss = pipeline.cross_entropy(logits, after) if model.head is not None else torch.zeros((), device=tokens.device)
+    losses = mf.slice_gather(loss[None].double(), None).view(mesh.dense.shape[0], -1)[-1]  # of the last stage's ranks
+    return losses.mean().item() / math.log(2)
 
 
-def sample(model: Transformer, text: Tensor, shape: Shape, options: Namespace) -> str:
-    """A prompt of held-out text and what the model makes of it; every rank must take part, each with a text of its own."""
-    generator = torch.Generator().manual_seed(options.seed + dist.get_rank())
+def sample(model: Transformer, text: Tensor, mesh: MoEMesh, shape: Shape, options: Namespace) -> str:
+    """A prompt of held-out text and what the model makes of it, on all ranks the same; every rank must take part."""
+    generator = torch.Generator().manual_seed(options.seed)
     start = int(torch.randint(text.numel() - PROMPT, (1,), generator=generator))
-    tokens = text[start : start + PROMPT]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for _ in range(options.sample):
-            logits = model(tokens[None, -shape.context :].int().to(options.device))[0][0, -1].cpu()  # [vocabulary]
-            tokens = torch.cat((tokens, torch.multinomial((logits / TEMPERATURE).softmax(0), 1, generator=generator).byte()))
+    tokens, writer = text[start : start + PROMPT], int(mesh.dense.mesh[-1, 0, 0, 0])
+    for _ in range(options.sample):
+        seen = tokens[-shape.context :].int()
+        # Padding behind a byte changes nothing for it, and keeps the length one that the tp ranks can share.
+        padded = F.pad(seen, (0, shape.context - len(seen)))[None].to(options.device)
+        mine = padded if options.slice else mf.slice_scatter(padded, mesh.dense["tp"], dim=1)
+        logits = pipeline.forward(model, mine, mesh, shape, parallel.compute_dtype(options))
+        if not options.slice:
+            logits = mf.slice_gather(logits, mesh.dense["tp"], dim=1)
+        byte = torch.zeros(1, dtype=torch.uint8, device=options.device)
+        if model.head is not None:
+            chances = (logits[0, len(seen) - 1].cpu() / TEMPERATURE).softmax(0)  # [vocabulary]
+            byte.copy_(torch.multinomial(chances, 1, generator=generator))
+        dist.broadcast(byte, src=writer)
+        tokens = torch.cat((tokens, byte.cpu()))
     return bytes(tokens.tolist()).decode(errors="replace")
 
 

@@ -1,0 +1,73 @@
+"""Through the stages of the pipeline, of which there may be one: each rank's part of a batch, forward and backward, or forward alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+import moecomm.functional as mf
+from moecomm.mesh import MoEMesh
+from tutorials.demo.model import Shape, Transformer
+
+
+def microbatches(stages: int) -> int:
+    """Twice the stages: of 3 * stages - 1 times that a stage has, it idles in stages - 1. One stage has nothing to wait for."""
+    return 2 * stages if stages > 1 else 1
+
+
+def own_part(tokens: Tensor, mesh: MoEMesh, sliced: bool, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """Of ``tokens`` [batch, length + 1] in so many microbatches, what this rank gets and what it is to predict, [B, n] each.
+
+    The dp ranks share each microbatch, and the tp ranks the length of its sequences, unless they slice the experts' tokens alone.
+    """
+    mine = torch.cat([mf.slice_scatter(microbatch, mesh.dense["dp"]) for microbatch in tokens.chunk(parts)])
+    before, after = mine[:, :-1].int(), mine[:, 1:].long()
+    if sliced:
+        return before, after
+    return mf.slice_scatter(before, mesh.dense["tp"], dim=1), mf.slice_scatter(after, mesh.dense["tp"], dim=1)
+
+
+def schedule(
+    model: Transformer, mesh: MoEMesh, shape: Shape, batch: int, sliced: bool, dtype: torch.dtype, parts: int
+) -> PipelineScheduleSingle:
+    """1F1B, arXiv 2104.04473, over ``parts`` microbatches of ``batch`` sequences; stages send each other activations of ``dtype``."""
+    pp, dp, tp, device = mesh.dense["pp"], mesh.dense["dp"], mesh.dense["tp"], torch.device(mesh.stage.device_type)
+    rows, length = batch // parts // dp.size(), shape.context if sliced else shape.context // tp.size()
+    between = torch.zeros(rows, length, shape.dim, dtype=dtype, device=device, requires_grad=True)
+    first = torch.zeros(rows, length, dtype=torch.int32, device=device)
+    last = torch.zeros(rows, length, shape.vocabulary, device=device, requires_grad=True)
+    into, out = between if model.embed is None else first, between if model.head is None else last
+    stage = PipelineStage(model, pp.get_local_rank(), pp.size(), device, into, out, group=pp.get_group())
+    ranks = ranks_of_loss(mesh, sliced)
+    return Schedule1F1B(stage, parts, loss_fn=lambda logits, after: cross_entropy(logits, after) / ranks)
+
+
+def ranks_of_loss(mesh: MoEMesh, sliced: bool) -> int:
+    """How many ranks of the last stage have a part of the loss: tp ranks that have the same tokens have the same part."""
+    return mesh.dense["dp"].size() if sliced else mesh.stage.size()
+
+
+def cross_entropy(logits: Tensor, after: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), after.flatten())
+
+
+@torch.no_grad()
+def forward(model: Transformer, tokens: Tensor, mesh: MoEMesh, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """``tokens`` [B, n] through all stages, without gradients and eagerly: another batch size is not worth a compilation.
+
+    Returns the logits [B, n, vocabulary] on the last stage, and on the others what they send on.
+    """
+    group, stage = mesh.dense["pp"].get_group(), mesh.dense["pp"].get_local_rank()
+    x = tokens
+    if model.embed is None:
+        x = torch.empty(*tokens.shape, shape.dim, dtype=dtype, device=tokens.device)
+        dist.recv(x, group=group, group_src=stage - 1)
+    with torch.compiler.set_stance("force_eager"):
+        x = model(x)
+    if model.head is None:
+        dist.send(x, group=group, group_dst=stage + 1)
+    return x

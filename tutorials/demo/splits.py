@@ -1,0 +1,90 @@
+"""Which splits of the ranks fit each other and the model: what does not multiply or divide, and the nearest that do."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+
+from moecomm.mesh import divisors
+from tutorials.demo.model import Shape
+from tutorials.demo.pipeline import microbatches
+
+SHOWN = 3  # of the nearest that fit
+CHANGED = ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "batch")  # what must fit
+
+
+def misfits(options: Namespace, shape: Shape) -> Iterator[str]:
+    """Each way in which the options do not fit: the numbers, and what must hold of them."""
+    ranks, pp, tp, ep, etp = options.ranks, options.pp, options.tp, options.ep, options.etp
+    if shape.layers % pp:
+        yield f"--pp was {pp}; it must divide the {shape.layers} layers"
+    if shape.heads % tp:
+        yield f"--tp was {tp}; it must divide the {shape.heads} heads of the attention"
+    if shape.hidden % etp:
+        yield f"--etp was {etp}; it must divide the hidden dim of an expert, {shape.hidden}"
+    if options.top_k > options.experts:
+        yield f"--top-k was {options.top_k}; it must be at most --experts, {options.experts}"
+    if options.experts % ep:
+        yield f"--experts was {options.experts}; it must be a multiple of --ep, {ep}"
+    if ranks % (pp * tp):
+        yield f"--pp * --tp was {pp} * {tp} = {pp * tp}; it must divide --ranks, {ranks}"
+        return
+    dp, stage = ranks // (pp * tp), ranks // pp
+    if stage % (ep * etp):
+        yield f"--ep * --etp was {ep} * {etp} = {ep * etp}; it must divide the ranks of a stage, --ranks / --pp = {ranks} / {pp} = {stage}"
+        return
+    edp, parts = stage // (ep * etp), microbatches(pp)
+    # FSDP2 shards what is split over other ranks already along another dim, the model's, and along any but the first only evenly.
+    if tp > 1 and shape.dim % dp:
+        yield f"--ranks / (--pp * --tp) was {ranks} / ({pp} * {tp}) = {dp}; it must divide the width of the model, {shape.dim}"
+    if ep * etp > 1 and shape.dim % edp:
+        of = f"{ranks} / ({pp} * {ep} * {etp}) = {edp}"
+        yield f"--ranks / (--pp * --ep * --etp) was {of}; it must divide the width of the model, {shape.dim}"
+    if options.batch % (dp * parts):
+        of = f"--ranks / (--pp * --tp) = {dp}" + (
+            f", times the {parts} microbatches that --pp {pp} takes: {dp * parts}" if parts > 1 else ""
+        )
+        yield f"--batch was {options.batch}; it must be a multiple of the data-parallel ranks, {of}"
+
+
+def default_ep(options: Namespace) -> int:
+    """2 where a stage has so many ranks."""
+    return 2 if options.ranks // (options.pp * options.etp) % 2 == 0 and options.ranks >= 2 * options.pp * options.etp else 1
+
+
+def nearest(options: Namespace, shape: Shape, ep_by_default: bool) -> list[str]:
+    """What to add or to write instead, for those that fit and need the fewest options changed, and those the least."""
+    found: dict[str, tuple[int, float]] = {}
+    for fitting in fits(options, shape):
+        changed = [name for name in CHANGED if getattr(fitting, name) != getattr(options, name)]
+        if ep_by_default and "ep" not in changed and fitting.ep != default_ep(fitting):
+            continue
+        far = sum(abs(math.log(getattr(fitting, name) / getattr(options, name))) for name in changed)
+        found[" ".join(f"--{name.replace('_', '-')} {getattr(fitting, name)}" for name in changed)] = len(changed), far
+    fewest = min(count for count, _ in found.values())
+    return sorted((text for text, (count, _) in found.items() if count == fewest), key=lambda text: found[text][1])[:SHOWN]
+
+
+def fits(options: Namespace, shape: Shape) -> Iterator[Namespace]:
+    """Every split of so many ranks, and of fewer and up to twice as many, with the experts and the batch nearest to those asked for."""
+    for ranks in range(1, 2 * options.ranks + 1):
+        for pp in divisors(ranks):
+            for tp in divisors(ranks // pp):
+                for ep in divisors(ranks // pp):
+                    for etp in divisors(ranks // pp // ep):
+                        experts = multiple(options.experts, ep)
+                        batch = multiple(options.batch, ranks // (pp * tp) * microbatches(pp))
+                        split = dict(zip(CHANGED, (ranks, pp, tp, ep, etp, experts, min(options.top_k, experts), batch), strict=True))
+                        fitting = Namespace(**vars(options) | split)
+                        if not any(misfits(fitting, shape)):
+                            yield fitting
+
+
+def multiple(number: int, of: int) -> int:
+    """The multiple of ``of`` nearest to ``number``, but not 0.
+
+    >>> multiple(7, 2), multiple(1, 4)
+    (8, 4)
+    """
+    return max(of, round(number / of) * of)
