@@ -1,0 +1,137 @@
+"""Activation checkpointing around layers: right without a policy, and with `save_received` no exchange and no host sync is repeated."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
+
+from moecomm.compile.checkpoint import save_received
+from tests import layers
+from tests.compile.graphs import exchanges, keeping
+from tests.spawn import run_ranks
+from tests.traffic import Traffic
+
+D, H, NUM_EXPERTS, K = 16, 24, 8, 2
+SELECTIVE: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, save_received)}
+
+
+def layer(x: Tensor, gate: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    y, balance = layers.moe(x, gate, into, out, K, None, None)
+    return x + (y + balance).sin()
+
+
+def two_layers(*args: Tensor) -> Tensor:
+    return layer(layer(*args), *args[1:])
+
+
+def plain(region: Any, *args: Tensor) -> Tensor:
+    return region(*args)
+
+
+def full(region: Any, *args: Tensor) -> Tensor:
+    return checkpoint(region, *args, use_reentrant=False)
+
+
+def selective(region: Any, *args: Tensor) -> Tensor:
+    return checkpoint(region, *args, use_reentrant=False, **SELECTIVE)
+
+
+def inputs(dtype: torch.dtype, tokens: int) -> list[Tensor]:
+    """This rank's x, its gate, which all ranks have alike, and its experts."""
+    alike, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(dist.get_rank())
+    local = NUM_EXPERTS // dist.get_world_size()
+    gate = torch.randn(NUM_EXPERTS, D, generator=alike)
+    x, into, out = (torch.randn(*shape, generator=own) for shape in ((tokens, D), (local, H, D), (local, D, H)))
+    return [tensor.to(dtype).requires_grad_() for tensor in (x, gate, into / D**0.5, out / H**0.5)]
+
+
+def results(function: Any, region: Any, given: list[Tensor]) -> tuple[list[Tensor], Traffic, Traffic]:
+    """y and all gradients, and what forward and backward sent and read."""
+    with Traffic() as forward:
+        y = function(region, *given)
+    with Traffic() as backward:
+        grads = torch.autograd.grad(y, given, torch.arange(y.numel()).view_as(y).cos().to(y.dtype))
+    return [y.detach(), *grads], forward, backward
+
+
+def eager_here(dtype: torch.dtype) -> None:
+    there = dist.get_world_size() > 1
+    for region, number in ((layer, 1), (two_layers, 2)):
+        for tokens in (5 + dist.get_rank(), 4 * dist.get_rank()):  # rank 0 has none
+            given = inputs(dtype, tokens)
+            want, _, expected = results(plain, region, given)
+            for function, again in ((full, True), (selective, False)):
+                got, forward, backward = results(function, region, given)
+                for one, other in zip(got, want, strict=True):
+                    assert torch.equal(one, other), function.__name__
+                    # Four exchanges a layer and the gather of the balance loss; three and one backward. The sum that comes home is
+                    # made again too, but what stands last in a region is not.
+                assert len(forward.collectives) == 5 * number * there
+                assert forward.reads == ["plan_sizes"] * number
+                assert len(backward.collectives) == (4 + 5 * again) * number * there
+                assert backward.reads == ["plan_sizes"] * number * again
+                assert again or backward.collectives == expected.collectives
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.bfloat16), (2, torch.float32), (4, torch.bfloat16)])
+def test_checkpointed_layers_are_the_plain_ones_and_the_policy_repeats_no_exchange_and_no_host_sync(ranks: int, dtype: torch.dtype) -> None:
+    run_ranks(eager_here, ranks, dtype, timeout=200)
+
+
+def compiled_here(dtype: torch.dtype) -> list[list[list[str]]]:
+    """What each graph sends and reads: forward and backward; plain, checkpointed, and with the policy."""
+    told = []
+    for function in (plain, full, selective):
+        torch._dynamo.reset()
+        graphs: list[torch.fx.Graph] = []
+        compiled = torch.compile(partial(function, layer), fullgraph=True, backend=keeping(graphs))
+        for tokens in (5 + dist.get_rank(), 6 * dist.get_rank()):
+            given = inputs(dtype, tokens)
+            torch._dynamo.decorators.mark_unbacked(given[0], 0)
+            answers = []
+            for here in (partial(function, layer), compiled):
+                y = here(*given)
+                answers.append([y.detach(), *torch.autograd.grad(y, given, torch.arange(y.numel()).view_as(y).cos().to(y.dtype))])
+            for one, other in zip(*answers, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert len(graphs) == 2
+        told.append([exchanges(graph) for graph in graphs])
+        saved = [node.meta["val"].shape for node in graphs[0].output_node().all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
+        kept = [shape for shape in saved if {H, int} <= {size if isinstance(size, int) else int for size in shape}]  # N is no int
+        assert bool(kept) == (function is plain), "the experts' activations are what checkpointing does not keep"
+    return told
+
+
+FORWARD = ["all_to_all_single", "plan_sizes", "slots_exchange", "dispatch_exchange", "combine_exchange", "all_gather_into_tensor"]
+BACKWARD = ["all_to_all_single", "dispatch_exchange", "combine_exchange", "return_exchange"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [(2, torch.float32), *(pytest.param(ranks, torch.bfloat16, marks=pytest.mark.exhaustive) for ranks in (1, 4))]
+)
+def test_compiled_the_policy_repeats_no_exchange_and_no_host_sync_either(ranks: int, dtype: torch.dtype) -> None:
+    for told in run_ranks(compiled_here, ranks, dtype, timeout=500):
+        plain_graphs, full_graphs, selective_graphs = ([sorted(graph) for graph in graphs] for graphs in told)
+        forward, backward = (FORWARD, BACKWARD) if ranks > 1 else (["plan_sizes"], [])
+        assert plain_graphs == selective_graphs == [sorted(forward), sorted(backward)]
+        assert full_graphs == [sorted(forward), sorted(backward + forward)]
+
+
+def told(op: Any) -> CheckpointPolicy:
+    return save_received(SelectiveCheckpointContext(is_recompute=False), op)
+
+
+def test_the_policy_keeps_what_came_and_only_that() -> None:
+    names = torch.ops.moecomm, torch.ops._c10d_functional
+    kept = [getattr(names[0], name).default for name in ("dispatch_exchange", "combine_exchange", "slots_exchange", "plan_sizes")]
+    kept += [getattr(names[1], name).default for name in ("all_to_all_single", "all_reduce", "wait_tensor")]
+    assert {told(op) for op in kept} == {CheckpointPolicy.MUST_SAVE}
+    made = [names[0].gather.default, names[0].weighted_sum.default, torch.ops.aten.mm.default, names[1].all_reduce_.default]
+    assert {told(op) for op in made} == {CheckpointPolicy.PREFER_RECOMPUTE}
