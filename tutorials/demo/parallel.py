@@ -75,12 +75,13 @@ def build(shape: Shape, mesh: MoEMesh, options: Namespace) -> Transformer:
             setattr(model.get_submodule(module), last, nn.Parameter(part))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(options), reduce_dtype=torch.float32)
     of_parameter = {parameter: where[name] for name, parameter in model.named_parameters()}
+    ignored = apart(model.blocks, mesh.stage, of_parameter)
     for block in model.blocks.values():
-        shard_block(block, mesh.stage, of_parameter, policy)
+        shard_block(block, mesh.stage, of_parameter, policy, ignored)
         if options.compile:
             block.forward = torch.compile(block.forward, fullgraph=True, backend=options.backend)
     ends = spread("head.weight", mesh, options.slice)  # and the embedding's, and the last norm's
-    fully_shard(model, mesh=ends.same, mp_policy=policy, ignored_params=apart(model.blocks, mesh.stage, of_parameter))
+    fully_shard(model, mesh=ends.same, mp_policy=policy, ignored_params=ignored)
     for module in (model, *model.blocks.values()):
         # Gradients are summed, and the loss is divided by the ranks: an expert has its ep ranks' gradients already, since their tokens
         # came to it, so that a mean over its own mesh dim would be the wrong one.
@@ -102,7 +103,9 @@ def keep_stage(model: Transformer, pp: DeviceMesh) -> None:
         model.norm = model.head = None
 
 
-def shard_block(block: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, Spread], policy: MixedPrecisionPolicy) -> None:
+def shard_block(
+    block: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, Spread], policy: MixedPrecisionPolicy, ignored: set[nn.Parameter] | None
+) -> None:  # fmt: skip
     """A block as one FSDP module, so that no hook stands inside it: each of its parameters over the mesh that `spread` says."""
     infos: dict[str, FSDPMeshInfo] = {}  # of a group: FSDP2 takes one object for all parameters over it
 
@@ -115,7 +118,7 @@ def shard_block(block: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, S
 
     fully_shard(
         block, mesh=stage, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False,  # small: gather once a step
-        ignored_params=apart(block, stage, where),
+        ignored_params=ignored,
     )  # fmt: skip
 
 
@@ -129,9 +132,10 @@ def apart(module: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, Spread
 def sync_replicated_(model: Transformer, mesh: MoEMesh, sliced: bool) -> None:
     """Nothing where FSDP2 shards every parameter; else the sums of the gradients of the others over the ranks that have them too."""
     if ShardPlacementResult is None:
-        where = {parameter: spread(f"blocks.{name}", mesh, sliced) for name, parameter in model.blocks.named_parameters()}
-        rest = apart(model.blocks, mesh.stage, where)
-        mf.sync_grads_(rest, {parameter: where[parameter].same for parameter in rest}, reduce="sum")
+        meshes = {parameter: spread(f"blocks.{name}", mesh, sliced).same for name, parameter in model.blocks.named_parameters()}
+        rest = {parameter: over for parameter, over in meshes.items() if over is not mesh.stage}  # in the same order on all ranks
+        if rest:
+            mf.sync_grads_(list(rest), rest, reduce="sum")
 
 
 def compute_dtype(options: Namespace) -> torch.dtype:

@@ -41,7 +41,7 @@ def experts(history: dict[str, Any], file: Path) -> None:
         axes[layer].set(ylabel=f"layer {layer}\nexpert", yticks=range(0, count, max(1, count // 4)))
     figure.colorbar(image, ax=axes[:layers], label="load of each expert (1 = an even share)")
     # A run that was resumed on other ranks has rows of fewer of them in some steps.
-    for rank, rows in enumerate(zip_longest(*zip_longest(*history["rows"], fillvalue=math.nan))):
+    for rank, rows in enumerate(zip_longest(*history["rows"], fillvalue=math.nan)):
         axes[layers].plot(np.arange(1, steps + 1), rows, lw=0.9, label=f"rank {rank}")
     axes[layers].set(xlabel="step", ylabel="expert rows a layer", ylim=(0, None))
     axes[layers].legend(ncols=4, fontsize="small")
