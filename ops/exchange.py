@@ -17,17 +17,20 @@ from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.library import define
 from moecomm.ops.weighted_sum import weighted_sum_cpu, weighted_sum_triton
 
-DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor splits, SymInt received, str group) -> Tensor"
-COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor splits, SymInt pairs, str group) -> Tensor"
-RETURN = "return_exchange(Tensor rows, Tensor splits, SymInt pairs, str group) -> Tensor"
+DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor? splits, SymInt received, str group) -> Tensor"
+COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor? splits, SymInt pairs, str group) -> Tensor"
+RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) -> Tensor"
 
 
-def start(send: Tensor, size: int, splits: Tensor, direction: int, group: str) -> Tensor:
-    """Start the exchange of the rows of ``send``: the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S."""
+def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group: str) -> Tensor:
+    """Start the exchange of the rows of ``send``: the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S.
+
+    Without ``splits`` as many rows go to each rank and come from it.
+    """
     received = send.new_empty(size, *send.shape[1:])
     if send.shape[1:].numel() == 0:
         return received  # no bytes on any rank
-    out, into = splits[direction].tolist(), splits[1 - direction].tolist()  # a CPU tensor: no sync
+    out, into = (None, None) if splits is None else (splits[direction].tolist(), splits[1 - direction].tolist())  # a CPU tensor: no sync
     work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=process_group(group), async_op=True)
     torch._C._distributed_c10d._register_work(received, work)
     return received
@@ -43,35 +46,41 @@ def wait(pending: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
-def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor, received: int, group: str) -> Tensor:
+def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
     return x.new_empty(received, x.shape[1])
 
 
-def dispatch_cpu(x: Tensor, order: Tensor, k: int, splits: Tensor, received: int, group: str) -> Tensor:
+def dispatch_cpu(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
     return start(gather_rows_cpu(x, order, k), received, splits, 0, group)
 
 
-def dispatch_triton(x: Tensor, order: Tensor, k: int, splits: Tensor, received: int, group: str) -> Tensor:
+def dispatch_triton(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
     return start(gather_rows_triton(x, order, k), received, splits, 0, group)
 
 
-def combine_fake(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
+def combine_fake(
+    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor | None, pairs: int, group: str
+) -> Tensor:
     return rows.new_empty(pairs, rows.shape[1])
 
 
-def combine_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
+def combine_cpu(
+    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor | None, pairs: int, group: str
+) -> Tensor:
     return start(weighted_sum_cpu(rows, weights, order, position), pairs, splits, 1, group)
 
 
-def combine_triton(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
+def combine_triton(
+    rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor | None, pairs: int, group: str
+) -> Tensor:
     return start(weighted_sum_triton(rows, weights, order, position), pairs, splits, 1, group)
 
 
-def return_fake(rows: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
+def return_fake(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> Tensor:
     return rows.new_empty(pairs, rows.shape[1])
 
 
-def return_rows(rows: Tensor, splits: Tensor, pairs: int, group: str) -> Tensor:
+def return_rows(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> Tensor:
     return start(rows.clone(memory_format=torch.contiguous_format), pairs, splits, 1, group)
 
 

@@ -1,6 +1,6 @@
 """(ids, weights)[r] = what travels beside a received row: its token's K slots' local experts, -1 where one lives elsewhere, and weights.
 
-Costs K * (weight + 1, 2 or 4 bytes of id) bytes a (token, rank) pair, in one message.
+Costs K * (weight + 1, 2 or 4 bytes of id) bytes a (token, rank) pair, in one message. A pair that is padding has ids -1 and weights 0.
 Its backward sends the gradient of the weights home, [R, K] -> [S, K], and adds up each token's pairs: `weighted_sum` without weights.
 """
 
@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from moecomm.ops.exchange import return_exchange, start, wait
 from moecomm.ops.library import LIBRARY, define
 from moecomm.ops.weighted_sum import weighted_sum
 
 SEND = (
-    "slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, Tensor splits, SymInt received, str group) "
+    "slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, Tensor? splits, SymInt received, str group) "
     "-> Tensor"
 )
 UNPACK = "unpack_slots(Tensor message, int k, int local, ScalarType dtype) -> (Tensor, Tensor)"
 SLOTS = (
-    "exchange_slots(Tensor weights, Tensor experts, Tensor keys, Tensor order, Tensor position, int local, Tensor splits, "
+    "exchange_slots(Tensor weights, Tensor experts, Tensor keys, Tensor order, Tensor position, int local, Tensor? splits, "
     "SymInt received, str group) -> (Tensor, Tensor)"
 )
 
@@ -37,19 +38,32 @@ def _width(k: int, local: int, dtype: torch.dtype) -> int:
 
 
 def send_fake(
-    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor, received: int, group: str
+    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor | None, received: int, group: str
 ) -> Tensor:
     return weights.new_empty(received, _width(experts.shape[1], local, weights.dtype), dtype=torch.uint8)
 
 
-def send(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor, received: int, group: str) -> Tensor:
+def message_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, padded: bool) -> Tensor:
+    return weights.new_empty(order.shape[0], _width(experts.shape[1], local, weights.dtype), dtype=torch.uint8)
+
+
+def message(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, padded: bool) -> Tensor:
+    """What is sent of each pair."""
     k = experts.shape[1]
+    if padded:  # the pairs of order -1: the slots of one more token, that has no experts
+        experts, weights, keys = pad(experts, (0, 0, 0, 1), value=-1), pad(weights, (0, 0, 0, 1)), pad(keys, (0, 0, 0, 1))
+        order = torch.where(order < 0, keys.numel() - k, order)
     token = torch.div(order, k, rounding_mode="floor")
     first = keys.flatten().index_select(0, order).unsqueeze(1) * local  # [S, 1] the first expert of the rank it goes to
     ids = experts.index_select(0, token).to(torch.int32) - first  # [S, K]
     ids = torch.where((ids >= 0) & (ids < local), ids, -1).to(_id_dtype(local))
-    message = torch.cat((weights.index_select(0, token).view(torch.uint8), ids.view(torch.uint8)), 1)
-    return start(message, received, splits, 0, group)
+    return torch.cat((weights.index_select(0, token).view(torch.uint8), ids.view(torch.uint8)), 1)
+
+
+def send(
+    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor | None, received: int, group: str
+) -> Tensor:
+    return start(message(experts, weights, keys, order, local, splits is None), received, splits, 0, group)  # equal splits have padding
 
 
 def unpack_fake(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

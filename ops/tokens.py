@@ -18,18 +18,18 @@ from moecomm.ops.library import LIBRARY
 from moecomm.ops.weighted_sum import weighted_sum
 from moecomm.ops.weighted_sum_backward import weighted_sum_backward
 
-INDICES = "Tensor send_order, Tensor send_position, Tensor row_order, Tensor row_position, Tensor splits, str group"
+INDICES = "Tensor send_order, Tensor send_position, Tensor row_order, Tensor row_position, Tensor? splits, str group"
 DISPATCH = f"dispatch(Tensor x, {INDICES}) -> Tensor"
 COMBINE = f"combine(Tensor rows, Tensor weights, {INDICES}) -> Tensor"
 
 
-def _there(x: Tensor, indices: tuple[Tensor, ...], group: str) -> Tensor:
+def _there(x: Tensor, indices: tuple[Any, ...], group: str) -> Tensor:
     """Each received pair's row of x: T -> S -> R."""
     send_order, send_position, _, row_position, splits = indices
     return wait(dispatch_exchange(x, send_order, send_position.shape[1], splits, row_position.shape[0], group))
 
 
-def _back(rows: Tensor, weights: Tensor | None, indices: tuple[Tensor, ...], group: str) -> Tensor:
+def _back(rows: Tensor, weights: Tensor | None, indices: tuple[Any, ...], group: str) -> Tensor:
     """Each token's sum over its rows: N -> R -> S -> T."""
     send_order, send_position, row_order, row_position, splits = indices
     sums = wait(combine_exchange(rows, weights, row_order, row_position, splits, send_order.shape[0], group))  # [S, D]

@@ -52,7 +52,7 @@ def _backward_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     pair = tl.load(order + n).to(tl.int64)
-    first = tl.maximum(pair, 0)  # padding reads no gradient, and so writes zeros
+    first = tl.maximum(pair, 0)  # padding reads neither gradient nor row, and so writes zeros
     m = first // K
     weight = tl.load(weights + m * stride_m + first % K * stride_k, mask=pair >= 0, other=0).to(ACC)
     width = tl.where(pair >= 0, d, 0)
@@ -61,7 +61,7 @@ def _backward_kernel(
         col = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = col < d
         g = tl.load(grad + m * stride_gm + col * stride_gd, mask=col < width, other=0).to(ACC)
-        dot += g * tl.load(rows + n * stride_n + col * stride_d, mask=inside, other=0).to(ACC)
+        dot += g * tl.load(rows + n * stride_n + col * stride_d, mask=col < width, other=0).to(ACC)
         tl.store(grad_rows + n * d + col, (g * weight).to(grad_rows.dtype.element_ty), mask=inside)
     if pair >= 0:
         tl.store(grad_weights + pair, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty))

@@ -42,6 +42,16 @@ def sorted_slots(keys: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(order, dtype=torch.int32), position.view(keys.shape), torch.tensor(offsets, dtype=torch.int32)
 
 
+def bounded_slots(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
+    """(order, position) of keys, as `bounded_sort` must give them, by loops."""
+    flat = keys.flatten().tolist()
+    order = torch.full((bins * most,), -1, dtype=torch.int32)
+    for b in range(bins):
+        for place, i in enumerate([i for i, key in enumerate(flat) if key == b][:most]):
+            order[b * most + place] = i
+    return order, inverse(order, len(flat), 1).view(keys.shape)
+
+
 def padded(order: Tensor, extra: int) -> Tensor:
     """``order`` with ``extra`` entries of -1 among its own: half of them in its middle, the rest behind it."""
     fill = order.new_full((extra,), -1)

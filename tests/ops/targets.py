@@ -15,10 +15,11 @@ from triton.runtime.jit import JITFunction
 
 from moecomm.ops.choose import choose_triton
 from moecomm.ops.count import count_triton
+from moecomm.ops.fit import fit_triton
 from moecomm.ops.gather import gather_triton
 from moecomm.ops.place import place_triton
 from moecomm.ops.rank_sum import rank_sum_triton
-from moecomm.ops.sort import sort_triton
+from moecomm.ops.sort import bounded_triton, sort_triton
 from moecomm.ops.weighted_sum import weighted_sum_triton
 from moecomm.ops.weighted_sum_backward import backward_triton
 
@@ -59,6 +60,8 @@ def call_everything() -> None:
         count_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2, [2, 4, -1, 16, 2**40], position)
         place_triton(torch.zeros(tokens, k, dtype=dtype), torch.zeros(9, dtype=torch.int32), 4, 1, "")
         sort_triton(torch.zeros(tokens, k, dtype=dtype), 4, tokens * k)
+        bounded_triton(torch.zeros(tokens, k, dtype=dtype), 4, 3)
+        fit_triton(torch.zeros(tokens, k, dtype=dtype), torch.zeros(tokens, k, dtype=dtype), position, 2)
     count_triton(torch.zeros(tokens, 1, dtype=torch.int64), 1, 1, [1, 1])
     for dtype in GATHERED:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)

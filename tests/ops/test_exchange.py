@@ -15,16 +15,18 @@ from tests.ops.cases import IN_FLIGHT, assert_within_rounding, seeded
 from tests.spawn import run_ranks
 
 PAIRS = {  # [P, P]: how many pairs each rank sends to each
-    2: ([[2, 3], [0, 1]], [[0, 0], [4, 0]], [[0, 0], [0, 0]]),
-    4: ([[1, 0, 2, 3], [0, 0, 0, 0], [4, 1, 0, 0], [1, 1, 1, 0]],),
+    2: ([[2, 3], [0, 1]], [[0, 0], [4, 0]], [[0, 0], [0, 0]], [[3, 3], [3, 3]]),
+    4: ([[1, 0, 2, 3], [0, 0, 0, 0], [4, 1, 0, 0], [1, 1, 1, 0]], [[2] * 4] * 4),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 K = 2
 
 
-def splits_of(pairs: list[list[int]]) -> Tensor:
-    """[2, P] for this rank."""
+def splits_of(pairs: list[list[int]]) -> Tensor | None:
+    """[2, P] for this rank; None where all ranks send as many to each, as in static mode."""
     rank = dist.get_rank()
+    if min(map(min, pairs)) == max(map(max, pairs)) > 0:
+        return None
     return torch.tensor([pairs[rank], [row[rank] for row in pairs]])
 
 
@@ -36,12 +38,18 @@ def data(rank: int, pairs: list[list[int]], d: int) -> dict[str, Tensor]:
     position[torch.rand(received, K, generator=generator) < 0.3] = -1
     return {
         "x": torch.randn(tokens, d, generator=generator) * 10,
-        "order": torch.randint(0, tokens * K, (sent,), generator=generator, dtype=torch.int32),
+        "order": torch.randint(-2, tokens * K, (sent,), generator=generator, dtype=torch.int32).clamp(min=-1),  # -1 is padding
         "rows": torch.randn(received * K, d, generator=generator),
         "weights": torch.rand(received, K, generator=generator),
         "position": position,
         "back": torch.randn(received, d, generator=generator),
     }
+
+
+def taken(x: Tensor, order: Tensor) -> Tensor:
+    """The bytes of the rows that are sent, zeros for padding."""
+    rows = x.view(torch.uint8)
+    return torch.cat((rows, torch.zeros_like(rows[:1])))[order.long() // K]
 
 
 def blocks(tensors: list[Tensor], pairs: list[list[int]], rank: int) -> Tensor:
@@ -86,7 +94,7 @@ def test_what_arrives_is_what_was_sent_here_in_the_order_of_the_ranks(ranks: int
         back = [list(column) for column in zip(*pairs, strict=True)]
         for rank, got in enumerate(run_ranks(exchange_all, ranks, pairs, d)):
             for dtype, dispatched in zip(DTYPES, got["dispatched"], strict=True):
-                sent = [here["x"].to(dtype).view(torch.uint8)[here["order"].long() // K] for here in held]
+                sent = [taken(here["x"].to(dtype), here["order"]) for here in held]
                 assert torch.equal(dispatched, blocks(sent, pairs, rank))
             assert torch.equal(got["returned"], blocks([here["back"] for here in held], back, rank))
             for name, weighted in (("combined", True), ("unweighted", False)):
@@ -111,7 +119,7 @@ def test_the_input_may_be_overwritten_while_the_exchange_is_in_flight() -> None:
     pairs = PAIRS[2][0]
     held = [data(rank, pairs, 1000) for rank in range(2)]
     for rank, (dispatched, returned) in enumerate(run_ranks(overwrite_the_input, 2, pairs)):
-        assert torch.equal(dispatched, blocks([here["x"][here["order"].long() // K] for here in held], pairs, rank))
+        assert torch.equal(dispatched.view(torch.uint8), blocks([taken(here["x"], here["order"]) for here in held], pairs, rank))
         assert torch.equal(returned, blocks([here["back"] for here in held], [list(column) for column in zip(*pairs, strict=True)], rank))
 
 

@@ -10,9 +10,10 @@ from torch.library import opcheck
 
 from moecomm.ops.count import count
 from moecomm.ops.exchange import wait
+from moecomm.ops.fit import fit
 from moecomm.ops.sizes import plan_sizes, signature
 from moecomm.ops.slots import exchange_slots, slots_exchange, unpack_slots
-from moecomm.ops.sort import counting_sort
+from moecomm.ops.sort import bounded_sort, counting_sort
 from tests.ops.cases import COMPOSED, IN_FLIGHT, check_gradients_across_ranks, routing, seeded
 from tests.spawn import run_ranks
 
@@ -35,32 +36,48 @@ def arguments(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[objec
     return experts, keys, order, position, num_experts // ranks, splits, r, group
 
 
-def expected(tokens: tuple[int, ...], k: int, num_experts: int, rank: int) -> tuple[list[list[int]], list[list[float]]]:
-    """(ids, weights) that ``rank`` receives, by loops over the ranks' tokens."""
+def static_arguments(experts: Tensor, num_experts: int, most: int) -> tuple[object, ...]:
+    """The same where each rank sends ``most`` pairs to each."""
+    ranks, group = dist.get_world_size(), dist.group.WORLD.group_name
+    keys, _ = count(experts, num_experts, ranks, [])
+    order, position = bounded_sort(keys, ranks, most)
+    fits, _ = fit(experts, experts, position, num_experts // ranks)
+    return fits, keys, order, position, num_experts // ranks, None, ranks * most, group
+
+
+def expected(
+    tokens: tuple[int, ...], k: int, num_experts: int, rank: int, most: int | None = None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """(ids, weights) that ``rank`` receives, by loops over the ranks' tokens; ``most`` from each rank, the rest padding."""
     local = num_experts // len(tokens)
     ids, there = [], []
     for source, count_of in enumerate(tokens):
         experts, weights = held(source, count_of, k, num_experts)
+        received = []
         for slots, factors in zip(experts.tolist(), weights.tolist(), strict=True):
             here = [expert - rank * local if expert // local == rank else -1 for expert in slots]
             if max(here) >= 0:
-                ids.append(here)
-                there.append(factors)
+                received.append((here, factors))
+        if most is not None:
+            received = (received + [([-1] * k, [0.0] * k)] * most)[:most]
+        ids += [here for here, _ in received]
+        there += [factors for _, factors in received]
     return ids, there
 
 
-def exchange(tokens: tuple[int, ...], k: int, num_experts: int) -> list[tuple[Tensor, Tensor]]:
+def exchange(tokens: tuple[int, ...], k: int, num_experts: int, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
     experts, weights = held(dist.get_rank(), tokens[dist.get_rank()], k, num_experts)
-    rest = arguments(experts, weights, num_experts)
+    rest = arguments(experts, weights, num_experts) if most is None else static_arguments(experts, num_experts, most)
     return [exchange_slots(weights.to(dtype), *rest) for dtype in WEIGHTS]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_slots_arrive_with_their_rows(ranks: int) -> None:
     """With local experts that need 1, 2 and 4 bytes, at both sides of the limits."""
-    for k, local in ((1, 2), (3, 2), (2, 128), (2, 129), (2, 2**15), (2, 2**15 + 1)):
-        for rank, results in enumerate(run_ranks(exchange, ranks, TOKENS[ranks], k, local * ranks)):
-            want_ids, want = expected(TOKENS[ranks], k, local * ranks, rank)
+    sizes = ((1, 2, None), (3, 2, None), (2, 128, None), (2, 129, None), (2, 2**15, None), (2, 2**15 + 1, None))
+    for k, local, most in (*sizes, (1, 2, 6), (2, 2, 2), (2, 129, 6), (2, 2**15 + 1, 1)):
+        for rank, results in enumerate(run_ranks(exchange, ranks, TOKENS[ranks], k, local * ranks, most)):
+            want_ids, want = expected(TOKENS[ranks], k, local * ranks, rank, most)
             for dtype, (there, ids) in zip(WEIGHTS, results, strict=True):
                 assert ids.dtype == torch.int32
                 assert torch.equal(ids, torch.tensor(want_ids, dtype=torch.int32).view(-1, k))
@@ -70,6 +87,8 @@ def test_slots_arrive_with_their_rows(ranks: int) -> None:
 def gradients(tokens: tuple[int, ...]) -> bool:
     """Checks the first derivative, and gives whether there is a graph for a second, which must raise."""
     experts, weights = held(dist.get_rank(), tokens[dist.get_rank()], 2, 4)
+    static = static_arguments(experts, 4, 2)
+    check_gradients_across_ranks(lambda weights: exchange_slots(weights, *static), weights)
     rest = arguments(experts, weights, 4)
     check_gradients_across_ranks(lambda weights: exchange_slots(weights, *rest), weights)
     there, _ = exchange_slots(weights.requires_grad_(), *rest)
@@ -90,9 +109,9 @@ def test_gradient_of_the_weights_comes_home_once(ranks: int) -> None:
 def opcheck_all(tokens: tuple[int, ...]) -> None:
     experts, weights = held(dist.get_rank(), tokens[dist.get_rank()], 2, 4)
     weights = weights.float()
-    experts, keys, order, position, *rest = arguments(experts, weights, 4)
-    opcheck(slots_exchange, (experts, weights, keys, order, *rest), test_utils=IN_FLIGHT)
-    opcheck(exchange_slots, (weights.requires_grad_(), experts, keys, order, position, *rest), test_utils=COMPOSED)
+    for ids, keys, order, position, *rest in (arguments(experts, weights, 4), static_arguments(experts, 4, 2)):
+        opcheck(slots_exchange, (ids, weights.detach(), keys, order, *rest), test_utils=IN_FLIGHT)
+        opcheck(exchange_slots, (weights.requires_grad_(), ids, keys, order, position, *rest), test_utils=COMPOSED)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

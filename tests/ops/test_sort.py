@@ -1,4 +1,4 @@
-"""counting_sort: a stable order of keys, its inverse, and the end of each key."""
+"""counting_sort and bounded_sort: a stable order of keys, its inverse, and the end of each key."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from moecomm.ops.sort import counting_sort, sort_cpu, sort_fake, sort_triton
-from tests.ops.cases import assert_same_layout, guarded, routing, sorted_slots, strided
+from moecomm.ops.sort import bounded_cpu, bounded_fake, bounded_sort, bounded_triton, counting_sort, sort_cpu, sort_fake, sort_triton
+from tests.ops.cases import assert_same_layout, bounded_slots, guarded, routing, sorted_slots, strided
 
 
 def check(keys: Tensor, bins: int, device: str) -> None:
@@ -17,12 +17,39 @@ def check(keys: Tensor, bins: int, device: str) -> None:
     for got in (sort_cpu(keys, bins, size), guarded(sort_triton, keys.to(device), bins, size)):
         torch.testing.assert_close([tensor.cpu() for tensor in got], list(want), rtol=0, atol=0)
         assert_same_layout(sort_fake(keys, bins, size), got)
+    for extra in (0, 3, 700):  # padding
+        order = torch.cat((want[0], want[0].new_full((extra,), -1)))
+        for got in (sort_cpu(keys, bins, size + extra, True), guarded(sort_triton, keys.to(device), bins, size + extra, True)):
+            torch.testing.assert_close([tensor.cpu() for tensor in got], [order, *want[1:]], rtol=0, atol=0)
+            assert_same_layout(sort_fake(keys, bins, size + extra, True), got)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "k", "bins"),
-    [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (256, 1, 64), (257, 1, 65), (100, 8, 17), (300, 2, 200), (0, 2, 3), (0, 1, 1)],
-)
+def check_bounded(keys: Tensor, bins: int, most: int, device: str) -> None:
+    want = bounded_slots(keys, bins, most)
+    for got in (bounded_cpu(keys, bins, most), guarded(bounded_triton, keys.to(device), bins, most)):
+        torch.testing.assert_close([tensor.cpu() for tensor in got], list(want), rtol=0, atol=0)
+        assert_same_layout(bounded_fake(keys, bins, most), got)
+
+
+SIZES = [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (256, 1, 64), (257, 1, 65), (100, 8, 17), (300, 2, 200), (0, 2, 3), (0, 1, 1)]
+
+
+@pytest.mark.parametrize(("tokens", "k", "bins"), SIZES)
+def test_bounded_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device: str) -> None:
+    """Where each key has room for all of it, for none but the first, and for about half."""
+    keys = routing(tokens, k, bins, seed=tokens)
+    for most in (tokens * k + 1, 1, max(1, tokens * k // bins // 2)):
+        check_bounded(keys, bins, most, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_bounded_sort_takes_any_integer_dtype_and_any_strides(dtype: torch.dtype, device: str) -> None:
+    keys = routing(150, 2, 5, seed=1, dropped=0.0 if dtype == torch.uint8 else 0.3).to(dtype)
+    for layout in strided(keys):
+        check_bounded(layout, 5, 20, device)
+
+
+@pytest.mark.parametrize(("tokens", "k", "bins"), SIZES)
 def test_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device: str) -> None:
     check(routing(tokens, k, bins, seed=tokens), bins, device)
 
@@ -63,3 +90,5 @@ def test_sort_passes_opcheck() -> None:
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
         keys = routing(tokens, k, 4, seed=tokens)
         opcheck(counting_sort, (keys, 4, int((keys >= 0).sum())))
+        opcheck(counting_sort, (keys, 4, keys.numel() + 1, True))
+        opcheck(bounded_sort, (keys, 4, 2))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCAL_OPS = ("choose", "count", "place", "sort", "gather", "weighted_sum", "weighted_sum_backward", "rank_sum")
+LOCAL_OPS = ("choose", "count", "fit", "place", "sort", "gather", "weighted_sum", "weighted_sum_backward", "rank_sum")
 
 
 @pytest.mark.slow
