@@ -1,0 +1,187 @@
+"""Exchanges of one plan in one message: fewer messages, as many bytes but for the words' ends, and the same results to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import expecttest
+import pytest
+import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import moecomm.functional as mf
+from moecomm.compile.bucket import merge_exchanges
+from moecomm.compile.overlap import overlap_exchanges, reorder
+from moecomm.compile.passes import options
+from moecomm.ops import bucket
+from tests.spawn import run_ranks
+from tests.test_compile import NUM_EXPERTS, layer, parameters, step, text_of, tokens_here
+
+OPS, TORCH = torch.ops.moecomm, torch.ops._c10d_functional
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_rows_come_out_of_a_message_as_they_went_in(dtype: torch.dtype, width: int, count: int) -> None:
+    seed = torch.Generator().manual_seed(width)
+    rows = [
+        torch.randint(0, 9, (count, 2 * w), generator=seed).to(d)[:, ::2] for w, d in ((width, dtype), (2, torch.int16), (width, dtype))
+    ]
+    with patch.object(bucket, "start", lambda send, *rest: send):
+        message = bucket.rows(rows, None, count, 0, "")
+    assert message.shape == bucket.rows_fake(rows, None, count, 0, "").shape
+    offset = 0
+    for each in rows:
+        assert torch.equal(bucket.take(message, offset, each.shape[1], each.dtype), each)
+        if count:
+            torch.library.opcheck(
+                bucket.take_rows, (message, offset, each.shape[1], each.dtype), test_utils=("test_schema", "test_faketensor")
+            )
+        offset += bucket.words(each.shape[1], each.dtype)
+
+
+def test_exchanges_that_need_each_other_or_have_other_splits_are_left_alone() -> None:
+    def there(x: Tensor, splits: Tensor) -> Tensor:
+        return TORCH.wait_tensor(OPS.dispatch_exchange(x, torch.zeros(9, dtype=torch.int32), 1, splits, 9, "group"))
+
+    def function(x: Tensor, splits: Tensor, others: Tensor) -> list[Tensor]:
+        first = there(x, splits)
+        return [first, there(first, splits), there(x, others), there(x.double(), splits)]
+
+    module = make_fx(function, tracing_mode="fake")(torch.ones(9, 4), *(torch.zeros(2, 2, dtype=torch.int64) for _ in range(2)))
+    merge_exchanges(module.graph)
+    names = [node.name for node in module.graph.nodes if node.name.startswith(("dispatch_ex", "rows_ex"))]
+    assert names == ["dispatch_exchange_2", "rows_exchange_default", "dispatch_exchange_1"]
+
+
+def tree(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A layer of two tensors a token."""
+    plan = mf.plan(experts, weights, NUM_EXPERTS, None, like=x)
+    rows = mf.dispatch((x, x[:, :3].float()), plan)
+    expert = torch.searchsorted(plan.offsets, torch.arange(rows[0].shape[0]), right=True)
+    y = mf.combine(((rows[0].float().unsqueeze(1) @ up[expert]).squeeze(1) @ down[0], rows[1].cos()), plan)
+    return torch.cat(y, 1)
+
+
+def messages(function: Any, merged: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[int], list[str]]:
+    """Results and gradients of the function compiled, the bytes of each message, and the graphs."""
+    torch._dynamo.reset()
+    texts: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        if merged:
+            merge_exchanges(module.graph)
+            reorder(module.graph)
+            module.recompile()
+        texts.append(text_of(module.graph))
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    given = tokens_here(0, 5 + dist.get_rank(), dtype, "random")
+    for tensor in given:
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+        results = step(torch.compile(function, fullgraph=True, backend=backend), given, parameters(dtype))
+    return results, [call.args[1].nbytes for call in exchange.call_args_list], texts
+
+
+def merged_here() -> list[str]:
+    for function, dtype, before, after in ((tree, torch.float32, 10, 4), (layer, torch.bfloat16, 6, 4)):  # and the counts' one
+        want, apart, _ = messages(function, False, dtype)
+        got, together, texts = messages(function, True, dtype)
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other)
+        assert (len(apart), len(together)) == (before, after)
+        pairs = 2 * (5 + dist.get_rank())  # at most
+        assert sum(apart) <= sum(together) <= sum(apart) + 7 * pairs * before
+    return texts
+
+
+@pytest.mark.slow
+def test_a_layer_sends_3_messages_for_4_forward_and_2_for_3_backward_and_gives_the_same_bits() -> None:
+    (forward, backward), other = run_ranks(merged_here, 2, timeout=300)
+    assert other == [forward, backward]
+    expecttest.assert_expected_inline(
+        forward,
+        """\
+getitem, getitem_1 = moecomm::count(primals_2, 8, 2, [2, 8, 15, 16, 0, -1])
+all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
+view = aten::view(primals_6, [primals_1, 16])
+wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
+getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
+getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
+slots_message_default = moecomm::slots_message(primals_2, primals_4, getitem, getitem_6, 4, False)
+gather_pairs_default = moecomm::gather_pairs(view, getitem_6, 2)
+rows_exchange_default = moecomm::rows_exchange([slots_message_default, gather_pairs_default], getitem_5, getitem_3, 0, GROUP)
+wait_tensor_default = _c10d_functional::wait_tensor(rows_exchange_default)
+take_rows_default = moecomm::take_rows(wait_tensor_default, 0, 10, torch.uint8)
+getitem_9, getitem_10 = moecomm::unpack_slots(take_rows_default, 2, 4, torch.float32)
+getitem_11, getitem_12, getitem_13 = moecomm::counting_sort(getitem_9, 4, getitem_4)
+take_rows_default_1 = moecomm::take_rows(wait_tensor_default, 2, 16, torch.bfloat16)
+gather = moecomm::gather(take_rows_default_1, getitem_11, getitem_12)
+view_1 = aten::view(gather, [getitem_4, 16])
+_grouped_mm = aten::_grouped_mm(view_1, primals_7, getitem_13)
+silu = aten::silu(_grouped_mm)
+_grouped_mm_1 = aten::_grouped_mm(silu, primals_8, getitem_13)
+view_2 = aten::view(_grouped_mm_1, [getitem_4, 16])
+combine_exchange = moecomm::combine_exchange(view_2, getitem_10, getitem_11, getitem_12, getitem_5, getitem_2, GROUP)
+transpose = aten::transpose.int(silu, -2, -1)
+transpose_1 = aten::transpose.int(primals_8, -2, -1)
+transpose_2 = aten::transpose.int(view_1, -2, -1)
+transpose_3 = aten::transpose.int(primals_7, -2, -1)
+wait_tensor_3 = _c10d_functional::wait_tensor(combine_exchange)
+weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, getitem_6, getitem_7)
+view_3 = aten::view(weighted_sum, [primals_1, 16])
+return view_3, getitem_5, getitem_6, getitem_7, getitem_10, getitem_11, getitem_12, getitem_13, _grouped_mm, view_2,
+    transpose, transpose_1, transpose_2, transpose_3, primals_5, getitem_2, getitem_3, getitem_4""",
+    )
+    expecttest.assert_expected_inline(
+        backward,
+        """\
+view_4 = aten::view(tangents_1, [primals_5, 16])
+dispatch_exchange_1 = moecomm::dispatch_exchange(view_4, getitem_6, 2, getitem_5, getitem_3, GROUP)
+wait_tensor_4 = _c10d_functional::wait_tensor(dispatch_exchange_1)
+getitem_14, getitem_15 = moecomm::weighted_sum_backward(wait_tensor_4, view_2, getitem_10, getitem_11, getitem_12)
+view_5 = aten::view(getitem_14, [getitem_4, 16])
+_grouped_mm_3 = aten::_grouped_mm(view_5, transpose_1, getitem_13)
+silu_backward = aten::silu_backward(_grouped_mm_3, _grouped_mm)
+_grouped_mm_5 = aten::_grouped_mm(silu_backward, transpose_3, getitem_13)
+view_6 = aten::view(_grouped_mm_5, [getitem_4, 16])
+weighted_sum_default = moecomm::weighted_sum(view_6, None, getitem_11, getitem_12)
+rows_exchange_default = moecomm::rows_exchange([weighted_sum_default, getitem_15], getitem_5, getitem_2, 1, GROUP)
+_grouped_mm_2 = aten::_grouped_mm(transpose, view_5, getitem_13)
+_grouped_mm_4 = aten::_grouped_mm(transpose_2, silu_backward, getitem_13)
+wait_tensor_default = _c10d_functional::wait_tensor(rows_exchange_default)
+take_rows_default = moecomm::take_rows(wait_tensor_default, 0, 16, torch.bfloat16)
+weighted_sum_1 = moecomm::weighted_sum(take_rows_default, None, getitem_6, getitem_7)
+view_7 = aten::view(weighted_sum_1, [primals_5, 16])
+take_rows_default_1 = moecomm::take_rows(wait_tensor_default, 4, 2, torch.float32)
+weighted_sum_2 = moecomm::weighted_sum(take_rows_default_1, None, getitem_6, getitem_7)
+return None, None, None, weighted_sum_2, None, view_7, _grouped_mm_4, _grouped_mm_2""",
+    )
+
+
+def inductor_here() -> None:
+    given, experts = tokens_here(0, 5 + dist.get_rank(), torch.bfloat16, "random"), parameters(torch.bfloat16)
+    for tensor in given:
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    torch._dynamo.reset()
+    want = step(torch.compile(layer, fullgraph=True), given, experts)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, options=options(merge_exchanges, overlap_exchanges))
+    with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+        got = step(compiled, given, experts)
+    assert exchange.call_count == 4
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_merged_and_overlapped_code_gives_the_bits_of_neither() -> None:
+    run_ranks(inductor_here, 2, timeout=300)
