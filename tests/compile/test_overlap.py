@@ -155,7 +155,7 @@ def order_of_code(code: str) -> list[str]:
     for result, op, arguments in re.findall(
         r"(?:(buf\d+) = )?(?:torch\.ops|extern_kernels)\.([\w.]+)\((.*)\)", code[code.index("def call") :]
     ):
-        op = op.removesuffix(".default").split(".")[-1]
+        op = op.split(".")[min(1, op.count("."))]
         if op == "wait_tensor":
             pending = re.findall(r"buf\d+", arguments)[0]
             op = f"wait {names.get(pending, 'counts')}"

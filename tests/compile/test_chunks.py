@@ -1,0 +1,111 @@
+"""A batch in two chunks: the same result, and one chunk's exchange under way while the other one's experts run."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import expecttest
+import pytest
+import torch
+import torch._inductor.graph
+import torch.distributed as dist
+from torch import Tensor
+
+from moecomm.compile.chunks import in_two_chunks
+from moecomm.compile.overlap import overlap_exchanges
+from moecomm.compile.passes import options
+from tests.compile.test_overlap import order_of_code
+from tests.spawn import run_ranks
+from tests.test_compile import layer, parameters, step, tokens_here
+
+
+def chunked(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return in_two_chunks(lambda *tokens: layer(*tokens, up, down), x, experts, weights)
+
+
+def test_tokens_must_be_as_many_in_each_tensor() -> None:
+    with pytest.raises(ValueError, match=r"tokens\[1\] was of shape \[4, 2\]; it must be of shape \[5, "):
+        in_two_chunks(torch.add, torch.ones(5, 2), torch.ones(4, 2))
+
+
+def here() -> list[list[str]]:
+    """Eager and compiled chunks beside the whole batch, whatever T; gives the order of the compiled code."""
+    torch._dynamo.reset()
+    codes: list[str] = []
+    experts = parameters(torch.float32)
+    compiled = torch.compile(chunked, fullgraph=True, options=options(overlap_exchanges))
+    with patch.object(torch._inductor.graph.GraphLowering, "save_output_code", codes.append):
+        for seed, tokens in enumerate(((5, 8), (0, 3), (1, 0), (1, 1), (0, 0), (7, 2))):
+            given = tokens_here(seed, tokens[dist.get_rank()], torch.float32, "random")
+            for tensor in given:
+                torch._dynamo.decorators.mark_unbacked(tensor, 0)
+            want = step(layer, given, experts)
+            for function in (chunked, compiled):
+                for one, right in zip(step(function, given, experts), want, strict=True):
+                    torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
+    return [order_of_code(code) for code in codes]
+
+
+@pytest.mark.slow
+def test_chunks_give_what_the_whole_batch_does_and_each_exchanges_while_the_other_computes() -> None:
+    orders, other = run_ranks(here, 2, timeout=300)
+    assert orders == other
+    assert len(orders) == 2  # a forward and a backward: another T compiles nothing anew
+    expecttest.assert_expected_inline(
+        "\n".join(orders[0]),
+        """\
+count
+all_to_all_single
+count
+all_to_all_single
+wait all_to_all_single
+plan_sizes
+counting_sort
+slots_exchange
+dispatch_exchange
+wait all_to_all_single
+plan_sizes
+counting_sort
+slots_exchange
+dispatch_exchange
+wait slots_exchange
+unpack_slots
+counting_sort
+searchsorted
+wait dispatch_exchange
+gather
+combine_exchange
+wait slots_exchange
+unpack_slots
+counting_sort
+searchsorted
+wait dispatch_exchange
+gather
+combine_exchange
+wait combine_exchange
+weighted_sum
+wait combine_exchange
+weighted_sum""",
+    )
+    expecttest.assert_expected_inline(
+        "\n".join(orders[1]),
+        """\
+dispatch_exchange
+dispatch_exchange
+wait dispatch_exchange
+weighted_sum_backward
+return_exchange
+combine_exchange
+wait dispatch_exchange
+weighted_sum_backward
+return_exchange
+combine_exchange
+wait return_exchange
+weighted_sum
+wait combine_exchange
+weighted_sum
+wait return_exchange
+weighted_sum
+wait combine_exchange
+weighted_sum""",
+    )
