@@ -6,16 +6,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moecomm.dtensor import make_layout, to_local
 from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
-from moecomm.group import GroupLike, resolve_group
+from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.ops.count import count
 from moecomm.ops.exchange import wait
+from moecomm.ops.fit import fit
 from moecomm.ops.place import place, placement_table
 from moecomm.ops.sizes import plan_sizes, signature
 from moecomm.ops.slots import exchange_slots
-from moecomm.ops.sort import counting_sort
+from moecomm.ops.sort import bounded_sort, counting_sort
 from moecomm.placement import Placement, as_tensor
 
 
@@ -38,11 +40,12 @@ class Plan(NamedTuple):
     row_position: Tensor  # [R, K] int32: the row of each slot, -1 where the slot's expert is elsewhere; the inverse of row_order
     send_order: Tensor | None  # [S] int32: sent pair s is token send_order[s] // K; None in a group of one
     send_position: Tensor | None  # [T, K] int32: the sent pair that a slot opens, or -1; the inverse of send_order
-    splits: Tensor | None  # [2, P] int64 on the CPU: pairs to each rank, pairs from each rank
+    splits: Tensor | None  # [2, P] int64 on the CPU: pairs to each rank, pairs from each rank; None in static mode: max_rows for each
     tokens: int  # T
     num_experts: int  # E
     group: str  # the group's name, "" for a single process
     layout: Tensor | None = None  # [T of all ranks, 0, ...]: a DTensor, how combine's y is placed; None where no argument was a DTensor
+    dropped: Tensor | None = None  # [] int32: this rank's slots of an expert for which static mode had no row; None without max_rows
 
 
 def plan(
@@ -53,6 +56,7 @@ def plan(
     *,
     placement: Placement | None = None,
     like: Tensor | None = None,
+    max_rows: int | None = None,
 ) -> Plan:
     """Who gets which token: the plan that `dispatch` and `combine` follow.
 
@@ -73,6 +77,7 @@ def plan(
             by `sync_replicas_` and `sync_replica_grads_`.
         like: what will be dispatched, [T, ...]: only its shape and dtype are looked at, so that ranks that disagree on them get
             an error here and not a broken exchange later. Of a DTensor, its placements are those of `combine`'s result.
+        max_rows: C, the same on all ranks, switches static mode on: each rank sends C tokens to each, padding among them.
 
     DTensors go in as their local shards, each of Shard(0) over its tokens or Replicate on each mesh dim; ``like`` may also be Shard over
     other dims. `moecomm.dtensor` has the table. Those that are plain tensors are local shards already.
@@ -82,11 +87,24 @@ def plan(
     Costs one small exchange, the one host sync of a layer, and one exchange of K weights and K narrow ids a (token, rank) pair. With
     ``placement`` also one pass over experts, and a copy of E + 1 + P * L int32 to the device, for which the host does not wait.
 
+    Static mode. With ``max_rows`` all sizes follow from shapes: S = R = P * C and N = P * C * min(K, L). There is no host sync and no
+    exchange of counts, and no size in a compiled graph depends on the routing: what a CUDA graph asks of a layer.
+
+    - Rows from ``offsets[-1]`` on are padding. `dispatch` gives zeros there, `torch.nn.functional.grouped_mm` and `combine` read none of
+      them, nor does a backward pass, and their gradient from `combine` is zero. What you compute row by row may hold anything there; what
+      you add up over rows must leave them out.
+    - Of the tokens for a rank the first C go there. C = T, the largest of all ranks, is room for all of them. Of the others the slots for
+      that rank are dropped; and of a token that has more than L slots for a rank, as only repeated ids make it, those after the first L.
+    - Ids outside [-1, E) are dropped as well: to raise an error would take a host sync. The plan's ``dropped``, [] int32 on the device,
+      counts the slots of this rank's tokens that were dropped for any of these reasons; those of id -1 are not among them.
+    - What the ranks must agree on, max_rows included, is not compared, which would take a host sync too: where they differ, an exchange
+      hangs, fails or brings garbage.
+
     Backward: from the plan's weights to ``weights``, in one exchange.
 
     Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent; `MoECommError`, alike on
     every rank, where the ranks differ in K, E, a dtype, ``like`` or ``placement``; `ExpertIdError` (a ValueError as well), alike on every
-    rank, where an id is outside [-1, E) on any of them.
+    rank, where an id is outside [-1, E) on any of them. In static mode the last two are not raised.
 
     >>> experts = torch.tensor([[2, 0], [2, -1], [1, 2]])
     >>> a_plan = plan(experts, torch.ones(3, 2), num_experts=3)
@@ -96,19 +114,33 @@ def plan(
     tensor([10., 12., 10., 11., 12.])
     >>> plan(experts, torch.ones(3, 2), num_experts=3, placement=[[2, 0, 1]]).offsets  # expert 2 has rows 0 to 2, expert 0 row 3
     tensor([3, 4, 5], dtype=torch.int32)
+
+    Static mode with room for two tokens: the third has none, and with it two slots.
+
+    >>> a_plan = plan(experts, torch.ones(3, 2), num_experts=3, max_rows=2)
+    >>> a_plan.offsets, a_plan.dropped
+    (tensor([1, 1, 3], dtype=torch.int32), tensor(2, dtype=torch.int32))
+    >>> rows = dispatch(torch.tensor([10.0, 11.0, 12.0]), a_plan)
+    >>> rows  # the last of the 2 * min(2, 3) rows is padding
+    tensor([10., 10., 11.,  0.])
+    >>> combine(rows, a_plan)
+    tensor([20., 11.,  0.])
     """
     ranks = resolve_group(group)
     layout = make_layout(experts, weights, like, ranks)
     if layout is not None:
         experts, weights, like = to_local(experts), to_local(weights), None if like is None else to_local(like)
-        return plan(experts, weights, num_experts, group, placement=placement, like=like)._replace(layout=layout)
-    _check(experts, weights, num_experts, ranks.size if placement is None else None, like)
+        local_plan = plan(experts, weights, num_experts, group, placement=placement, like=like, max_rows=max_rows)
+        return local_plan._replace(layout=layout)
+    _check(experts, weights, num_experts, ranks.size if placement is None else None, like, max_rows)
     local, checksum, places, placed = num_experts // ranks.size, -1, experts, None
     if placement is not None:
         where = as_tensor(placement, ranks.size)  # [P, L]
         local = where.shape[1]
         table, checksum = placement_table(where, num_experts, experts.device)
         places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
+    if max_rows is not None:
+        return _static_plan(experts, weights, num_experts, places, placed, local, max_rows, ranks)
     signed = signature(experts, weights, num_experts, like, checksum)
     keys, sent = count(experts, num_experts, ranks.size, signed, placed)  # [T, K], [P, 4 + signature]
     tokens, k = experts.shape
@@ -126,7 +158,27 @@ def plan(
     return Plan(offsets, there, row_order, row_position, send_order, send_position, splits, tokens, num_experts, ranks.name)
 
 
-def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: Tensor | None) -> None:
+def _static_plan(
+    experts: Tensor, weights: Tensor, num_experts: int, places: Tensor, placed: Tensor | None, local: int, max_rows: int, group: Group
+) -> Plan:
+    """A plan of constant sizes: nothing is read from the device, what has no place is dropped, and places that are left are padding."""
+    tokens, k = experts.shape
+    keys, _ = count(experts, num_experts, group.size, [], placed)  # [T, K]
+    pairs = group.size * max_rows  # S = R
+    send_order, send_position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
+    fits, dropped = fit(experts, places, send_position, local)  # [T, K]
+    n = pairs * min(k, local)
+    if group.size == 1:
+        row_order, row_position, offsets = counting_sort(fits, local, n, padded=True)
+        return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, group.name, dropped=dropped)
+
+    there, ids = exchange_slots(weights, fits, keys, send_order, send_position, local, None, pairs, group.name)  # [R, K] each
+    row_order, row_position, offsets = counting_sort(ids, local, n, padded=True)
+    indices = offsets, there, row_order, row_position, send_order, send_position, None
+    return Plan(*indices, tokens, num_experts, group.name, dropped=dropped)
+
+
+def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: Tensor | None, max_rows: int | None) -> None:
     check_experts(experts)
     check_tensor("weights", weights, "[T, K]", dims=2)
     check_floating("weights", weights)
@@ -144,3 +196,8 @@ def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | No
         check_tensor("like", like, "[T, ...]")
         if like.dim() == 0 or differ(like.shape[0], experts.shape[0]):
             wrong_value("like", f"of shape {list(like.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")
+    if max_rows is not None:
+        if not isinstance(max_rows, int | torch.SymInt) or isinstance(max_rows, bool):
+            wrong_type("max_rows", type(max_rows).__name__, "an int or None")
+        if guard_or_false(max_rows < 1):
+            wrong_value("max_rows", max_rows, "at least 1")

@@ -90,7 +90,7 @@ def combine(rows: Tree, plan: Plan) -> Tree:
 
 def _dispatch(x: Tensor, plan: Plan) -> Tensor:
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
-    if plan.send_order is None or plan.send_position is None or plan.splits is None:
+    if plan.send_order is None or plan.send_position is None:
         rows = gather(flat, plan.row_order, plan.row_position)
     else:
         indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
@@ -100,7 +100,7 @@ def _dispatch(x: Tensor, plan: Plan) -> Tensor:
 
 def _combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
-    if plan.send_order is None or plan.send_position is None or plan.splits is None:
+    if plan.send_order is None or plan.send_position is None:
         y = weighted_sum(flat, weights, plan.row_order, plan.row_position)
     else:
         indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)

@@ -52,7 +52,8 @@ class Traffic:
             self.collectives.append(name)
             if name == "all_to_all_single":
                 output, send, into, out = args
-                self._sent(send, out)
+                ranks = dist.get_world_size(keywords["group"])
+                self._sent(send, [send.shape[0] // ranks] * ranks if out is None else out)
             return function(*args, **keywords)
 
         return call
