@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
 
 from moecomm.compile.checkpoint import save_received
-from tests import layers
+from tests import layers, one_process, test_fsdp
 from tests.compile.graphs import exchanges, keeping
+from tests.one_process import Run, Sizes
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 
@@ -122,6 +124,28 @@ def test_compiled_the_policy_repeats_no_exchange_and_no_host_sync_either(ranks: 
         forward, backward = (FORWARD, BACKWARD) if ranks > 1 else (["plan_sizes"], [])
         assert plain_graphs == selective_graphs == [sorted(forward), sorted(backward)]
         assert full_graphs == [sorted(forward), sorted(backward + forward)]
+
+
+def train_here(compiled: bool) -> Run:
+    """Under FSDP2, every block checkpointed with the policy inside what FSDP2 wraps, so that its gathers are no part of the region."""
+    torch._dynamo.reset()
+    sizes, ranks = Sizes(), dist.get_world_size()
+    model = test_fsdp.build(sizes, ranks, 2, True, MixedPrecisionPolicy(), OffloadPolicy(), torch.float64)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **SELECTIVE)
+        if compiled:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager_decomp_partition")
+    return test_fsdp.train(sizes, model, ranks, torch.float64)
+
+
+@test_fsdp.lacking
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_checkpointed_blocks_under_fsdp_train_as_one_process(compiled: bool) -> None:
+    expected = one_process.train(Sizes(), test_fsdp.STEPS)
+    for run in run_ranks(train_here, 4, compiled, timeout=400):
+        torch.testing.assert_close(run.losses, expected.losses, rtol=1e-10, atol=1e-12)  # float64: only the order of sums differs
+        torch.testing.assert_close(run.parameters, expected.parameters, rtol=1e-8, atol=1e-10)
 
 
 def told(op: Any) -> CheckpointPolicy:
