@@ -39,11 +39,8 @@ def named_tensors(params: Params, buffers: bool = False) -> dict[str, Tensor]:
     return dict(once.values())
 
 
-def named_groups(argument: str, groups: Mapping[Any, Any], several: bool = False) -> list[list[Group]]:
+def named_groups(groups: Mapping[Any, Any], several: bool = False) -> list[list[Group]]:
     """The group of each key; with ``several`` a list of groups may stand in the place of a group."""
-    for key in groups:
-        if not isinstance(key, str | Tensor):
-            wrong_type(f"a key of {argument}", type(key).__name__, "a pattern of names, or a parameter")
     lists = [choice if several and isinstance(choice, list) else [choice] for choice in groups.values()]
     return [[resolve_group(group) for group in choice] for choice in lists]
 
@@ -53,20 +50,27 @@ def chosen_groups(argument: str, named: Mapping[str, Tensor], groups: Mapping[An
 
     Patterns are those of `fnmatch`: "*" stands for any characters, dots too. Raises where a tensor has no match, or a key no tensor.
     """
-    keys, resolved = list(groups), named_groups(argument, groups, several)
-    used, chosen = set(), []
-    for name, tensor in named.items():
-        first = next((i for i, key in enumerate(keys) if _matches(key, name, tensor)), None)
+    resolved = named_groups(groups, several)
+    chosen = []
+    for name, first in zip(named, first_matches(argument, named, list(groups)), strict=True):
         if first is None:
-            shown = ", ".join(map(_shown, keys))
+            shown = ", ".join(map(_shown, groups))
             wrong_value(argument, f"a mapping of {shown}", f"one with a key that matches {name!r}, as every parameter needs one")
-        used.add(first)
         chosen.append(resolved[first])
+    return chosen
+
+
+def first_matches(argument: str, named: Mapping[str, Tensor], keys: Sequence[str | Tensor]) -> list[int | None]:
+    """For each tensor the first key that is it, or a pattern that its name matches, by its number. Raises where a key is none's."""
+    for key in keys:
+        if not isinstance(key, str | Tensor):
+            wrong_type(f"a key of {argument}", type(key).__name__, "a pattern of names, or a parameter")
+    first = [next((i for i, key in enumerate(keys) if _matches(key, name, tensor)), None) for name, tensor in named.items()]
     for i, key in enumerate(keys):
-        if i not in used:
+        if i not in first:
             names = ", ".join(map(repr, list(named)[:3])) + (", ..." if len(named) > 3 else "")
             wrong_value(f"{argument}[{_shown(key)}]", "no parameter's first match", f"that of at least one of {names or 'no parameters'}")
-    return chosen
+    return first
 
 
 def _matches(key: str | Tensor, name: str, tensor: Tensor) -> bool:

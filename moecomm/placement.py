@@ -42,6 +42,15 @@ def as_tensor(placement: Placement, ranks: int) -> Tensor:
     return placement
 
 
+def check_experts_of(tensors: Sequence[Tensor], local: int) -> None:
+    """Raise where a tensor is not [L, ...], of the placement's L local experts."""
+    for tensor in tensors:
+        if tensor.dim() == 0 or tensor.shape[0] != local:
+            wrong_value(
+                "params", f"a tensor of shape {list(tensor.shape)}", f"of shape [{local}, ...], with the placement's L = {local} experts"
+            )
+
+
 def checked_rows(placement: Placement, group: Group) -> list[list[int]]:
     """The experts of each rank, checked."""
     rows = as_tensor(placement, group.size).tolist()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moecomm.errors import MoECommError, wrong_value
+from moecomm.agree import check_same_kind, check_same_placement
 from moecomm.group import Group, GroupLike, process_group, resolve_group
 from moecomm.ops.place import upload
 from moecomm.ops.rank_sum import rank_sum
-from moecomm.ops.slice import all_gathered, funcol, start_all_gather
+from moecomm.ops.slice import funcol
 from moecomm.ops.sync import by_dtype
 from moecomm.params import Params, as_param, check_dense_gradient, check_device, local_gradient, local_part, named_tensors
-from moecomm.placement import Placement, checked_rows
-from moecomm.sync import _check_alike
+from moecomm.placement import Placement, check_experts_of, checked_rows
 
 
 def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None) -> None:
@@ -42,13 +40,14 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
     ranks = resolve_group(group)
     tensors = list(named_tensors(params).values())
     rows = checked_rows(placement, ranks)
-    _check_slots([local_part(tensor) for tensor in tensors], len(rows[0]))
+    check_experts_of([local_part(tensor) for tensor in tensors], len(rows[0]))
+    check_device(tensors)
     if ranks.size == 1 or not tensors:
         return
     with torch.no_grad():
         local = [local_part(tensor) for tensor in tensors]
-        _check_same(rows, local[0].device, ranks)
-        _check_alike(local, ranks)
+        check_same_placement(rows, local[0].device, ranks)
+        check_same_kind(local, ranks)
         buckets = [[local[i] for i in bucket] for bucket in by_dtype(local)]
         _exchange(buckets, rows, ranks, lambda parts: parts[0])
 
@@ -57,7 +56,7 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
     """Replace the ``.grad`` of each replica by the sum over all replicas of its expert, between ``backward()`` and the optimizer's step.
 
     The replicas of an expert serve different tokens: the sum is the expert's gradient, and an optimizer that works element by element
-    keeps replicas alike that were. A norm over all ranks has every replica in it: divide the square of each by their number first.
+    keeps replicas alike that were. To `clip_grad_norm_` between the two, name the placement as well: it then counts an expert once.
 
     Args:
         params: the experts' weights, as for `sync_replicas_`. Those that require no gradient are left alone. One without a gradient
@@ -83,7 +82,8 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
     ranks = resolve_group(group)
     tensors = [param for param in named_tensors(params).values() if param.requires_grad]
     rows = checked_rows(placement, ranks)
-    _check_slots([local_part(tensor) for tensor in tensors], len(rows[0]))
+    check_experts_of([local_part(tensor) for tensor in tensors], len(rows[0]))
+    check_device(tensors)
     for param in tensors:
         check_dense_gradient(param)
     if ranks.size == 1 or not tensors:
@@ -152,21 +152,3 @@ def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, 
 
 def _indices(numbers: list[int], device: torch.device) -> Tensor:
     return upload(torch.tensor(numbers, dtype=torch.int64), device)
-
-
-def _check_slots(tensors: list[Tensor], local: int) -> None:
-    for tensor in tensors:
-        if tensor.dim() == 0 or tensor.shape[0] != local:
-            wrong_value(
-                "params", f"a tensor of shape {list(tensor.shape)}", f"of shape [{local}, ...], with the placement's L = {local} experts"
-            )
-    check_device(tensors)
-
-
-def _check_same(rows: list[list[int]], device: torch.device, group: Group) -> None:
-    """Raise, alike on every rank, where the ranks' placements differ; one small exchange, read by the host."""
-    mine = torch.tensor([zlib.crc32(repr(rows).encode())], device=device)  # [1]
-    checksums = all_gathered(start_all_gather(mine, group.size, group.name), mine, group.size).tolist()  # [P]
-    if len(set(checksums)) > 1:
-        passed = ", ".join(f"of checksum {value:08x} on rank {rank}" for rank, value in enumerate(checksums))
-        raise MoECommError(f"placement was {passed} of the group; it must be the same on every rank")

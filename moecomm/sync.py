@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
-from itertools import zip_longest
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moecomm.errors import MoECommError, check_tensor, wrong_type, wrong_value
-from moecomm.group import Group, GroupLike, process_group, resolve_group
+from moecomm.agree import check_same_kind
+from moecomm.errors import check_tensor, wrong_type, wrong_value
+from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.ops import sync as ops
 from moecomm.ops.exchange import wait
-from moecomm.ops.slice import all_gathered, start_all_gather
 from moecomm.params import BUCKET_BYTES, Params, as_param, check_alike_over, check_device, copy_, in_buckets, local_part, named_tensors
 
 Tree = TypeVar("Tree")
@@ -94,7 +91,7 @@ def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
         return
     with torch.no_grad():
         local = [local_part(tensor) for tensor in tensors]
-        _check_alike(local, ranks)
+        check_same_kind(local, ranks)
         pending: tuple[list[Tensor], Tensor] | None = None
         for bucket in in_buckets(local, BUCKET_BYTES):
             mine = [local[i] for i in bucket]
@@ -121,16 +118,3 @@ def _check_src(src: int, group: Group) -> None:
         wrong_type("src", type(src).__name__, "an int")
     if not 0 <= src < group.size:
         wrong_value("src", src, f"a rank of the group, 0 to {group.size - 1}")
-
-
-def _check_alike(tensors: list[Tensor], group: Group) -> None:
-    """Raise, alike on every rank, where the ranks' tensors do not fit together; one small exchange, read by the host."""
-    mine = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors]
-    digest = torch.tensor([zlib.crc32(repr(mine).encode())], device=tensors[0].device)  # [1]
-    digests = all_gathered(start_all_gather(digest, group.size, group.name), digest, group.size).tolist()  # [P]
-    if len(set(digests)) > 1:
-        ranks: list[Any] = [None] * group.size
-        dist.all_gather_object(ranks, mine, process_group(group.name))
-        at = next(i for i, what in enumerate(zip_longest(*ranks)) if len(set(what)) > 1)
-        passed = ", ".join(f"{theirs[at] if at < len(theirs) else 'missing'} on rank {rank}" for rank, theirs in enumerate(ranks))
-        raise MoECommError(f"params' tensor {at} was {passed} of the group; it must be of the same dtype and shape on every rank")

@@ -113,6 +113,34 @@ def test_parameters_without_a_gradient_have_none_and_nothing_has_norm_0() -> Non
     assert mf.clip_grad_norm_(model, 1.0, {"weight": "", model.bias: ""}).item() == pytest.approx(3**0.5)
 
 
+HOT = [[0, 1], [0, 2], [0, 3], [3, 4]]
+
+
+def replicas_here() -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+    """Experts that are on several ranks, plain and as a DTensor, beside a parameter that all ranks have."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
+    grads = gradients()
+    mine = grads["0.experts.into"][HOT[mesh.get_rank()]]
+    sharded = with_gradient(DTensor.from_local(mine, mesh, [Shard(0)]))
+    params = {"gate": with_gradient(grads["gate"]), "0.experts.into": with_gradient(mine), "1.experts.into": sharded}
+    spread: dict[Any, Any] = {"0.experts.*": mesh, "*": ""}
+    with Traffic() as traffic:
+        norm = mf.clip_grad_norm_(params, 1.0, spread, {"*.experts.*": (HOT, mesh)})
+    return norm, params["0.experts.into"].grad, sharded.grad.to_local(), traffic.collectives, traffic.reads
+
+
+def test_an_expert_that_is_on_several_ranks_counts_once() -> None:
+    grads = gradients()
+    whole = [with_gradient(grad) for grad in (grads["gate"], *[grads["0.experts.into"][:5]] * 2)]
+    norm = torch.nn.utils.clip_grad_norm_(whole, 1.0)
+    for (here, plain, sharded, collectives, reads), row in zip(run_ranks(replicas_here, 4), HOT, strict=True):
+        torch.testing.assert_close(here, norm, rtol=1e-13, atol=0)
+        torch.testing.assert_close(plain, whole[1].grad[row], rtol=1e-12, atol=0)
+        assert torch.equal(plain, sharded)
+        assert collectives == [GATHER]
+        assert reads == ["tolist"]  # of the placement, which is on the CPU
+
+
 def errors_here() -> None:
     mesh, ones = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), torch.ones(2, requires_grad=True)
     sparse, partial = torch.ones(2, requires_grad=True), DTensor.from_local(torch.ones(2), mesh, [Replicate()]).requires_grad_()
@@ -133,6 +161,14 @@ def errors_here() -> None:
             "match; it must be that of at least one of '0.gate', '0.experts.into'"),
         (lambda: mf.clip_grad_norm_(named, 1.0, {3: mesh, "*": ""}), TypeError, "a key of spread was int; it must be a pattern of names"),
         (lambda: mf.clip_grad_norm_(named, 1.0, {"*": 3}), TypeError, "group was int"),
+        (lambda: mf.clip_grad_norm_(named, 1.0, None, {"0.gate": [[0], [1]]}), TypeError, "replicas was a mapping to list; it must be a "
+            "mapping to (placement, group)"),
+        (lambda: mf.clip_grad_norm_(named, 1.0, None, {"0.gate": ([[0], [1]], mesh)}), ValueError, "params was a tensor of shape [2]; it "
+            "must be of shape [1, ...], with the placement's L = 1 experts"),
+        (lambda: mf.clip_grad_norm_(named, 1.0, None, {"*.expert.*": ([[0], [1]], mesh)}), ValueError, "replicas['*.expert.*'] was no "
+            "parameter's first match"),
+        (lambda: mf.clip_grad_norm_(named, 1.0, None, {"0.gate": ([[0, 0]], "")}), ValueError, "placement was [0, 0] on rank 0; it must "
+            "be of different experts on a rank"),
     ]  # fmt: skip
     if dist.get_rank() == 0:
         for call, error, message in wrong:
