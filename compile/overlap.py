@@ -228,8 +228,12 @@ class _Schedule:
 
     def _missing(self, node: Node) -> list[Node]:
         """The node and what it needs, as far as they are not yet in order."""
-        mask = self.ancestors[node]
-        return [other for other in self.all[: self.index[node] + 1] if mask >> self.index[other] & 1 and other not in self.order]
+        missing, todo = {node}, [node]
+        while todo:
+            new = {needed for needed in self.needs[todo.pop()] if needed not in self.order} - missing
+            missing |= new
+            todo += new
+        return sorted(missing, key=self.index.__getitem__)
 
     def _put(self, node: Node) -> None:
         self.order[node] = None

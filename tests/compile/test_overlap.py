@@ -242,7 +242,9 @@ def graphs_here() -> list[str]:
 
     def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
         reorder(module.graph)
-        texts.append(text_of(module.graph))
+        inputs_seen: dict[str, str] = {}  # versions of torch number them differently: here by their first use
+        name = lambda match: inputs_seen.setdefault(match[0], f"input_{len(inputs_seen) + 1}")  # noqa: E731
+        texts.append(re.sub(r"primals_\d+", name, text_of(module.graph)))
         module.recompile()
         return make_boxed_func(module.forward)
 
@@ -263,47 +265,47 @@ def test_in_the_graph_the_shared_expert_runs_during_the_exchanges_and_weights_gr
     expecttest.assert_expected_inline(
         forward,
         """\
-getitem, getitem_1 = moecomm::count(primals_2, 8, 2, [2, 8, 15, 16, 0, -1])
+getitem, getitem_1 = moecomm::count(input_1, 8, 2, [2, 8, 15, 16, 0, -1])
 all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
 wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
 getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
 getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
-slots_exchange = moecomm::slots_exchange(primals_2, primals_4, getitem, getitem_6, 4, getitem_5, getitem_3, GROUP)
-view = aten::view(primals_6, [primals_1, 16])
+slots_exchange = moecomm::slots_exchange(input_1, input_2, getitem, getitem_6, 4, getitem_5, getitem_3, GROUP)
+view = aten::view(input_3, [input_4, 16])
 dispatch_exchange = moecomm::dispatch_exchange(view, getitem_6, 2, getitem_5, getitem_3, GROUP)
-mm = aten::mm(primals_6, primals_9)
+mm = aten::mm(input_3, input_5)
 wait_tensor_1 = _c10d_functional::wait_tensor(slots_exchange)
 getitem_9, getitem_10 = moecomm::unpack_slots(wait_tensor_1, 2, 4, torch.float32)
 getitem_11, getitem_12, getitem_13 = moecomm::counting_sort(getitem_9, 4, getitem_4)
 silu_1 = aten::silu(mm)
-mm_1 = aten::mm(silu_1, primals_10)
+mm_1 = aten::mm(silu_1, input_6)
 wait_tensor_2 = _c10d_functional::wait_tensor(dispatch_exchange)
 gather = moecomm::gather(wait_tensor_2, getitem_11, getitem_12)
 view_1 = aten::view(gather, [getitem_4, 16])
-_grouped_mm = aten::_grouped_mm(view_1, primals_7, getitem_13)
+_grouped_mm = aten::_grouped_mm(view_1, input_7, getitem_13)
 silu = aten::silu(_grouped_mm)
-_grouped_mm_1 = aten::_grouped_mm(silu, primals_8, getitem_13)
+_grouped_mm_1 = aten::_grouped_mm(silu, input_8, getitem_13)
 view_2 = aten::view(_grouped_mm_1, [getitem_4, 16])
 combine_exchange = moecomm::combine_exchange(view_2, getitem_10, getitem_11, getitem_12, getitem_5, getitem_2, GROUP)
 t = aten::t(silu_1)
-t_1 = aten::t(primals_10)
-t_2 = aten::t(primals_6)
-t_3 = aten::t(primals_9)
+t_1 = aten::t(input_6)
+t_2 = aten::t(input_3)
+t_3 = aten::t(input_5)
 transpose = aten::transpose.int(silu, -2, -1)
-transpose_1 = aten::transpose.int(primals_8, -2, -1)
+transpose_1 = aten::transpose.int(input_8, -2, -1)
 transpose_2 = aten::transpose.int(view_1, -2, -1)
-transpose_3 = aten::transpose.int(primals_7, -2, -1)
+transpose_3 = aten::transpose.int(input_7, -2, -1)
 wait_tensor_3 = _c10d_functional::wait_tensor(combine_exchange)
 weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, getitem_6, getitem_7)
-view_3 = aten::view(weighted_sum, [primals_1, 16])
+view_3 = aten::view(weighted_sum, [input_4, 16])
 add_73 = aten::add.Tensor(view_3, mm_1)
 return add_73, getitem_5, getitem_6, getitem_7, getitem_10, getitem_11, getitem_12, getitem_13, _grouped_mm, view_2, mm,
-    t, t_1, t_2, t_3, transpose, transpose_1, transpose_2, transpose_3, primals_5, getitem_2, getitem_3, getitem_4""",
+    t, t_1, t_2, t_3, transpose, transpose_1, transpose_2, transpose_3, input_9, getitem_2, getitem_3, getitem_4""",
     )
     expecttest.assert_expected_inline(
         backward,
         """\
-view_4 = aten::view(tangents_1, [primals_5, 16])
+view_4 = aten::view(tangents_1, [input_1, 16])
 dispatch_exchange_1 = moecomm::dispatch_exchange(view_4, getitem_6, 2, getitem_5, getitem_3, GROUP)
 mm_2 = aten::mm(t, tangents_1)
 mm_3 = aten::mm(tangents_1, t_1)
@@ -325,7 +327,7 @@ wait_tensor_6 = _c10d_functional::wait_tensor(return_exchange)
 weighted_sum_2 = moecomm::weighted_sum(wait_tensor_6, None, getitem_6, getitem_7)
 wait_tensor_5 = _c10d_functional::wait_tensor(combine_exchange_1)
 weighted_sum_1 = moecomm::weighted_sum(wait_tensor_5, None, getitem_6, getitem_7)
-view_7 = aten::view(weighted_sum_1, [primals_5, 16])
+view_7 = aten::view(weighted_sum_1, [input_1, 16])
 add_77 = aten::add.Tensor(mm_5, view_7)
 return None, None, None, weighted_sum_2, None, add_77, _grouped_mm_4, _grouped_mm_2, mm_4, mm_2""",
     )
