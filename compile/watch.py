@@ -20,10 +20,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from moecomm import group
+from moecomm.ops import gather
+
 # What waits for the device: ops whose result the host must know, or whose shape it must.
 READ_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "bincount"}
 READ_CALLS = {"cpu", "numpy", "tolist"}  # calls that are no op where the tensor is on the CPU already
-LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) for file in (torch.__file__, __file__, traceback.__file__))
+PYTHON, *LIBRARIES = (
+    os.path.dirname(str(file)) + os.sep for file in (os.__file__, torch.__file__, group.__file__, gather.__file__, __file__)
+)
 
 
 class Break(NamedTuple):
@@ -92,7 +97,12 @@ class Compiling(logging.Handler):
 def _break(text: str) -> Break:
     """The place and reason in Dynamo's message: "Graph break in user code at FILE:LINE", "Graph Break Reason: ...", paragraphs."""
     first, _, rest = text.partition("\n")
-    reason = rest.partition("Developer debug context")[0].partition("User code traceback")[0].removeprefix("Graph Break Reason: ")
+    reason = (
+        rest.partition("Hint:")[0]
+        .partition("Developer debug context")[0]
+        .partition("User code traceback")[0]
+        .removeprefix("Graph Break Reason: ")
+    )
     return Break(first.rpartition(" at ")[2], " ".join(reason.split()))
 
 
@@ -179,7 +189,8 @@ def _place() -> str:
     """The innermost line that is neither torch's nor moecomm's nor Python's own; in a backward pass, who started it."""
     for frame, line in traceback.walk_stack(None):
         file = frame.f_code.co_filename
-        if os.path.isfile(file) and not file.startswith(LIBRARIES) and "torchinductor" not in file:
+        own = file.startswith(PYTHON) and "site-packages" not in file
+        if os.path.isfile(file) and not own and not file.startswith(tuple(LIBRARIES)) and "torchinductor" not in file:
             return f"{file}:{line}"
     return ""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moecomm.compile.report import Report, report
+from moecomm.compile.report import Report, find, report
 from tests import layers
 from tests.spawn import run_ranks
 
@@ -69,6 +71,7 @@ def test_a_clean_layer_is_reported_clean_with_its_exchanges_and_their_bytes() ->
         for each in (found.eager, found.compiled):
             assert each is not None
             assert [(sync.op, sync.phase) for sync in each.syncs] == [("plan_sizes", "forward")]
+            assert Path(each.syncs[0].place.rpartition(":")[0]).parts[-2:] in (("tests", "layers.py"), ("compile", "test_report.py"))
             forward = [sent.op for sent in each.collectives if sent.phase == "forward"]
             assert sorted(forward) == sorted(
                 ["all_to_all_single", "slots_exchange", "dispatch_exchange", "combine_exchange", "all_gather_into_tensor"]
@@ -109,3 +112,31 @@ def test_a_planted_break_recompile_and_sync_are_found_with_their_place_and_cause
     assert reads.eager.syncs[1].place == line_of("(y > 0).sum().item()")
     assert reads.compiled is not None
     assert [sync.op for sync in reads.compiled.syncs] == ["plan_sizes", "local_scalar_dense"]
+
+
+def tutorial_here() -> dict[str, Report]:
+    with torch.compiler.set_stance(force_backend="aot_eager_decomp_partition"):
+        return runpy.run_path(str(Path(__file__).parents[2] / "tutorials" / "04_compile.py"))["main"]()
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_the_tutorial_shows_what_is_so(ranks: int) -> None:
+    for reports in run_ranks(tutorial_here, ranks, timeout=500):
+        assert {name: len(found.breaks) for name, found in reports.items()} == {"MoE": 0, "Curious": 1, "Checkpointed": 0, "Selective": 0}
+        assert all(found.recompiles == [] and found.compiled is not None for found in reports.values())
+        syncs = {name: [sync.phase for sync in found.eager.syncs] for name, found in reports.items()}
+        once, twice, again = ["forward"], ["forward"] * 2, ["forward", "backward"]
+        assert syncs == {"MoE": once, "Curious": twice, "Checkpointed": again, "Selective": once}
+        sent = {name: len(found.compiled.collectives) for name, found in reports.items() if found.compiled}
+        assert sent["MoE"] == sent["Curious"] == sent["Selective"] == (6 if ranks > 1 else 0)
+        assert sent["Checkpointed"] >= sent["MoE"] + 3 * (ranks > 1)
+        assert reports["Selective"].compiled.saved < reports["MoE"].compiled.saved  # type: ignore[union-attr]
+
+
+def test_the_command_reports_a_function_of_a_module_or_of_a_file() -> None:
+    assert find("tests.compile.test_report:line_of") is line_of
+    assert find("tutorials/04_compile.py:step").__name__ == "step"
+    with pytest.raises(ValueError, match="package.module:function"):
+        find("nothing")
+    with pytest.raises(ValueError, match="one of tests.layers's functions"):
+        find("tests.layers:nothing")

@@ -1,0 +1,98 @@
+"""What torch.compile makes of a layer: the report that says it, what it finds, and what activation checkpointing costs.
+
+python tutorials/04_compile.py
+torchrun --nproc-per-node 2 tutorials/04_compile.py
+python -m moecomm.compile.report tutorials/04_compile.py:step
+"""
+
+# %% A layer
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import moecomm.functional as mf
+from moecomm.compile.checkpoint import save_received
+from moecomm.compile.report import Report, report
+
+D, HIDDEN, EXPERTS, TOP_K, TOKENS = 32, 64, 8, 2, 128
+
+
+class MoE(nn.Module):
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, EXPERTS, bias=False)
+        self.into = nn.Parameter(torch.randn(EXPERTS // ranks, D, HIDDEN) / D**0.5)
+        self.out = nn.Parameter(torch.randn(EXPERTS // ranks, HIDDEN, D) / HIDDEN**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, experts = mf.route(self.gate(x), TOP_K)  # [T, K] each
+        plan = mf.plan(experts, weights, EXPERTS, like=x)
+        rows = mf.dispatch(x, plan).bfloat16()  # [N, D]
+        rows = F.silu(F.grouped_mm(rows, self.into.bfloat16(), offs=plan.offsets))
+        return mf.combine(F.grouped_mm(rows, self.out.bfloat16(), offs=plan.offsets).float(), plan)
+
+
+# %% The clean layer
+# No graph break, no recompile, one host sync: the plan's, which is where the host learns how many rows there will be. On several ranks the
+# report lists the exchanges, forward and backward, with the bytes that this rank gets.
+
+# %% What a report finds
+# This layer looks at its own result, as one does while debugging. `.item()` waits for the device a second time, and branching on it
+# breaks the graph in two. Both are in the report, with the line.
+
+
+class Curious(MoE):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.abs().max().item() > 100:  # a host sync, and a graph break
+            print("large")
+        return y
+
+
+# %% Activation checkpointing
+# Around a layer it makes the experts' activations again in the backward pass instead of keeping them. Without a policy that repeats the
+# exchanges and the host sync too. `save_received` keeps what came from other ranks, and repeats none.
+
+
+class Checkpointed(MoE):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Selective(MoE):
+    def forward(self, x: Tensor) -> Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, save_received)
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=contexts)
+
+
+# %% All four
+
+
+def main() -> dict[str, Report]:
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    reports = {}
+    for kind in (MoE, Curious, Checkpointed, Selective):
+        torch.manual_seed(rank)
+        reports[kind.__name__] = report(kind(ranks), torch.randn(TOKENS, D))
+        if rank == 0:
+            print(reports[kind.__name__], end="\n\n")
+    return reports
+
+
+def step() -> Tensor:
+    """What the command line's report runs: it makes its own inputs, and compiles what it wants compiled."""
+    torch.manual_seed(0)
+    return torch.compile(MoE(dist.get_world_size() if dist.is_initialized() else 1), fullgraph=True)(torch.randn(TOKENS, D))
+
+
+if __name__ == "__main__":
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
