@@ -1,0 +1,49 @@
+"""The compile cache: what one process has compiled, the next one loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WARM = """
+import os, sys, json, torch, torch.distributed as dist
+from torch._dynamo.utils import counters
+if dist.is_torchelastic_launched():
+    dist.init_process_group("gloo")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] += os.environ.get("RANK", "0")
+import moecomm.functional as mf
+from tests.layers import moe
+D, H, E, ranks = 16, 24, 8, int(os.environ.get("WORLD_SIZE", 1))
+torch.manual_seed(0)
+x, gate, into, out = (torch.randn(shape, requires_grad=True) for shape in ((6, D), (E, D), (E // ranks, H, D), (E // ranks, D, H)))
+y, balance = torch.compile(moe, fullgraph=True)(x, gate, into, out, 2, None, None)
+(y.sum() + balance).backward()
+found = counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"], x.grad.sum().item()
+print("found", json.dumps(found))
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_second_process_takes_forward_and_backward_from_the_compile_cache(ranks: int, tmp_path: Path) -> None:
+    (tmp_path / "layer.py").write_text(WARM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    runs = []
+    for _ in range(2):
+        command = [sys.executable, *launcher, str(tmp_path / "layer.py")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+        runs.append(sorted(json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("found ")))
+    cold, warm = runs
+    assert [(hits, misses) for hits, misses, _ in cold] == [(0, 1)] * ranks
+    assert [(hits, misses) for hits, misses, _ in warm] == [(1, 0)] * ranks
+    assert [grad for *_, grad in cold] == [grad for *_, grad in warm]
