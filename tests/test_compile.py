@@ -1,4 +1,4 @@
-"""Layers and slices as one graph: equal to eager mode, compiled once whatever the routing, and the same graph on every rank."""
+"""Layers as one graph: equal to eager mode, compiled once whatever the routing, and the same graph on every rank."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tokens_here(seed: int, tokens: int, dtype: torch.dtype, routing: str) -> tup
     return x, experts, torch.rand(tokens, K, generator=generator).requires_grad_()
 
 
-def step(function: Any, tokens: tuple[Tensor, Tensor, Tensor], experts: tuple[Tensor, Tensor]) -> list[Tensor]:
+def step(function: Any, tokens: tuple[Tensor, Tensor, Tensor], experts: tuple[Tensor, ...]) -> list[Tensor]:
     """The layer's result, and the gradients of its floating arguments."""
     x, ids, weights = tokens
     y = function(x, ids, weights, *experts)
@@ -103,6 +103,58 @@ def compiled_here(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (4, torch.float32)])
 def test_a_compiled_layer_is_the_eager_one_bit_for_bit_again_and_never_recompiled(ranks: int, dtype: torch.dtype) -> None:
     run_ranks(compiled_here, ranks, dtype, timeout=300)
+
+
+def fifty_here(dtype: torch.dtype) -> None:
+    """T, the routing, and who has tokens at all: new at each of fifty calls."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    experts, ranks = parameters(dtype), dist.get_world_size()
+    for seed in range(50):
+        tokens = 0 if seed % 4 == dist.get_rank() or seed == 13 else (7 * seed + 3 * dist.get_rank()) % 19
+        given = tokens_here(seed, tokens, dtype, ["random", "random", "all to one", "all dropped", "random"][seed % 5])
+        for tensor in given:
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            got = step(compiled, given, experts)
+        for one, want in zip(got, step(layer, given, experts), strict=True):
+            assert torch.equal(one, want), f"call {seed} of {ranks} ranks"
+    assert counter.frame_count == 1
+
+
+EVERYTHING = [(ranks, dtype) for ranks in (1, 2, 4) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [pytest.param(*case, marks=() if case == (2, torch.bfloat16) else pytest.mark.exhaustive) for case in EVERYTHING]
+)
+def test_fifty_routings_and_token_counts_recompile_nothing_and_are_eager_bit_for_bit(ranks: int, dtype: torch.dtype) -> None:
+    run_ranks(fifty_here, ranks, dtype, timeout=500)
+
+
+def ops_alone(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """All of moecomm, and nothing that a compiler could fuse."""
+    plan = mf.plan(experts, weights, NUM_EXPERTS, like=x)
+    return mf.combine(mf.dispatch(x, plan), plan)
+
+
+def ops_alone_here(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ops_alone, fullgraph=True)
+    for seed, (tokens, routing) in enumerate(CALLS):
+        given = tokens_here(seed, tokens[dist.get_rank()], dtype, routing)
+        for tensor in given:
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        for got, want in zip(step(compiled, given, ()), step(ops_alone, given, ()), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [pytest.param(*case, marks=() if case == (2, torch.float32) else pytest.mark.exhaustive) for case in EVERYTHING]
+)
+def test_the_ops_alone_are_eager_bit_for_bit_under_inductor(ranks: int, dtype: torch.dtype) -> None:
+    run_ranks(ops_alone_here, ranks, dtype, timeout=500)
 
 
 def automatic_here() -> None:
@@ -252,36 +304,3 @@ wait_tensor_6 = _c10d_functional::wait_tensor(return_exchange)
 weighted_sum_2 = moecomm::weighted_sum(wait_tensor_6, None, getitem_6, getitem_7)
 return None, None, None, weighted_sum_2, None, view_7, _grouped_mm_4, _grouped_mm_2""",
     )
-
-
-def slices(x: Tensor, piece: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A round trip, and both kinds of gather."""
-    whole = mf.slice_gather(mf.slice_scatter(x, None, dim).sin(), None, dim, size=size)
-    return whole, mf.slice_gather(piece, None, dim, size=size), mf.slice_gather(piece, None, dim, grad="reduce", size=size)
-
-
-def slices_here(backend: str) -> None:
-    torch._dynamo.reset()
-    rank = dist.get_rank()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
-    compiled = torch.compile(slices, fullgraph=True, dynamic=True, backend=counter)
-    for dim in (0, 1):
-        for size in (5, 9, 6, 7):
-            shape = [3, 3]
-            shape[dim] = size
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(size), dtype=torch.float64).requires_grad_()
-            piece = mf.slice_scatter(x.detach(), None, dim).requires_grad_()
-            torch._dynamo.decorators.mark_unbacked(piece, dim)  # this rank's may be empty
-            answers = []
-            for function in (slices, compiled):
-                results = function(x, piece, dim, size)
-                scaled = sum((result * (rank + 1) * (i + 1)).cos().sum() for i, result in enumerate(results))
-                answers.append([*results, *torch.autograd.grad(scaled, (x, piece))])
-            for want, got in zip(*answers, strict=True):
-                torch.testing.assert_close(got, want)
-        assert counter.frame_count == dim + 1, f"another size must not recompile: {size}"
-
-
-@pytest.mark.parametrize(("ranks", "backend"), [(1, "aot_eager"), (2, "inductor"), (4, "aot_eager")])
-def test_compiled_slices_are_the_eager_ones_whatever_the_size(ranks: int, backend: str) -> None:
-    run_ranks(slices_here, ranks, backend, timeout=200)
