@@ -36,11 +36,11 @@ def resolve_group(group: GroupLike) -> Group:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             wrong_value("group", f"a DeviceMesh of {group.ndim} dims", 'a 1-D DeviceMesh, such as mesh["ep"], or (mesh, dim)')
-        return _named(group.get_group())
+        return _along(group, 0)
     if isinstance(group, tuple):
         if len(group) != 2 or not isinstance(group[0], DeviceMesh) or not isinstance(group[1], int):
             wrong_type("group", f"a tuple {group}", "(DeviceMesh, int)")
-        return _named(group[0].get_group(group[1]))
+        return _along(*group)
     if isinstance(group, dist.ProcessGroup):
         return _named(group)
     if group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -64,3 +64,37 @@ def _size_by_name(name: str) -> int:
 
 def _named(group: dist.ProcessGroup) -> Group:
     return Group(group.group_name, group.size())
+
+
+def _along(mesh: DeviceMesh, dim: int) -> Group:
+    """This rank's group along a dim of a mesh.
+
+    A graph holds its name, and torch names the groups along one dim differently. With torch's own switch for graphs that serve all ranks,
+    it is known by a name that they share.
+    """
+    group = _named(mesh.get_group(dim))
+    if mesh.mesh_dim_names is None or not torch.distributed.config.compile_on_one_rank:
+        return group
+    return Group(_shared_name(group.name, mesh.mesh_dim_names[dim]), group.size)
+
+
+@torch.compiler.assume_constant_result
+def _shared_name(name: str, dim: str) -> str:
+    """A second name of the group in torch's registry: its dim's, with a number where groups of several meshes have one dim's name.
+
+    Ranks that name their groups in one order have the same names. Those of groups that were destroyed are given anew.
+    """
+    group, number = process_group(name), 0
+    while True:
+        shared = f"{dim} of mesh {number}"
+        try:
+            known = process_group(shared)
+        except RuntimeError:  # nobody's, or that of a group that is no more
+            known = None
+        if known is None or known not in dist.distributed_c10d._world.pg_map:
+            torch._C._distributed_c10d._unregister_process_group(shared)
+            torch._C._distributed_c10d._register_process_group(shared, group)
+            return shared
+        if known is group:
+            return shared
+        number += 1

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from moecomm.group import ALONE, resolve_group
+import moecomm.functional as mf
+from moecomm.group import ALONE, process_group, resolve_group
 from tests.spawn import run_ranks
 
 
@@ -46,6 +48,33 @@ def assert_raises(kind: type[Exception], message: str, group: Any) -> None:
 
 def test_a_group_is_known_by_its_process_group_mesh_mesh_dim_and_name() -> None:
     run_ranks(named_here, 4)
+
+
+def shared_here() -> list[str]:
+    """The names of this rank's groups along the dims of two meshes, made anew once."""
+    with torch.distributed.config.patch(compile_on_one_rank=True):
+        for again in range(2):
+            meshes = [init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep")) for _ in range(2)]
+            named = [(resolve_group(mesh["ep"]), mesh.get_group("ep")) for mesh in (*meshes, meshes[0])]
+            named += [(resolve_group((mesh, 0)), mesh.get_group(0)) for mesh in meshes]
+            for group, of_dim in named:
+                assert process_group(group.name) is of_dim
+                everyone = mf.slice_gather(torch.tensor([dist.get_rank()]), group.name)
+                assert everyone.tolist() == dist.get_process_group_ranks(of_dim)
+            names = [group.name for group, _ in named]
+            assert names[0] == names[2]
+            assert len(set(names)) == 4
+            if not again:
+                dist.barrier()
+                for mesh in meshes:
+                    for dim in (0, 1):
+                        dist.destroy_process_group(mesh.get_group(dim))
+    return names
+
+
+def test_groups_along_a_dim_have_one_name_on_all_ranks_where_torch_compiles_for_all_ranks() -> None:
+    first, *others = run_ranks(shared_here, 4)
+    assert others == [first] * 3
 
 
 def test_a_process_without_a_group_is_alone() -> None:

@@ -1,0 +1,48 @@
+"""One graph for all ranks: each rank of a mesh traces for itself, and all come to the same key in the compile cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+from torch.distributed.device_mesh import init_device_mesh
+
+import moecomm.functional as mf
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
+
+
+def layer(x: Tensor, experts: Tensor, weights: Tensor, group: Any) -> Tensor:
+    plan = mf.plan(experts, weights, 8, group, like=x)
+    y = mf.combine(mf.dispatch(x, plan).relu(), plan)
+    return mf.slice_gather(mf.slice_scatter(y, group), group, size=y.shape[0])
+
+
+def keys_here() -> list[str]:
+    """What the compiled forward and backward are known by in the cache, with other sizes on each rank."""
+    torch._dynamo.reset()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    tokens = 4 + rank // 2  # slices are of one size on the ranks of a group
+    x = torch.randn(tokens, 16, generator=generator, requires_grad=True)
+    weights = torch.rand(tokens, 2, generator=generator, requires_grad=True)
+    experts = torch.randint(0, 8, (tokens, 2), generator=generator)
+    for tensor in (x, weights, experts):
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    with torch.distributed.config.patch(compile_on_one_rank=True), fresh_cache():
+        torch.compile(layer, fullgraph=True)(x, experts, weights, mesh["ep"]).sum().backward()
+        return sorted(entry.name for entry in (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "fxgraph").glob("*/*"))
+
+
+def test_the_ranks_of_all_groups_along_a_dim_share_one_cache_entry() -> None:
+    first, *others = run_ranks(keys_here, 4, timeout=300)
+    assert len(first) == 2  # forward and backward
+    assert others == [first] * 3
