@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 EXCHANGES = ("slots_exchange", "dispatch_exchange", "combine_exchange", "return_exchange", "rows_exchange", "all_to_all_single")
+COUNTS = "all_to_all_single"  # torch's own, which a plan sends its counts with
 COLORS = {"matmul": "tab:blue", "other": "tab:gray", "exchange": "tab:orange", "wait": "tab:red"}
 MATMULS = ("mm", "addmm", "bmm", "_grouped_mm")
 
@@ -55,7 +56,14 @@ def draw(files: Sequence[Path], picture: Path) -> None:
             height = 0 if kind == "exchange" else 1
             axis.barh(height, length, left=start, height=0.8, color=COLORS[kind], edgecolor="white", linewidth=0.5)
             if kind == "exchange" and length > readable:
-                axis.text(start + length / 2, height, name.removesuffix("_exchange"), ha="center", va="center", fontsize=8)
+                axis.text(
+                    start + length / 2,
+                    height,
+                    name.replace(COUNTS, "counts").removesuffix("_exchange"),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                )
         axis.set_yticks([0, 1], ["exchange", "compute"])
         axis.set_title(f"rank {rank}", loc="left", fontsize=9)
     axes[-1, 0].set_xlabel("ms")

@@ -10,6 +10,8 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from moecomm import __version__
+
 Pass = Callable[[Graph], None]
 
 
@@ -19,7 +21,7 @@ def options(*passes: Pass) -> dict[str, Any]:
     Args:
         passes: functions that change a graph in place, such as `overlap_exchanges`, run in this order; one's own may be among them, and
             Inductor's ``CustomGraphPass`` too. Where compiled code is kept for later, a pass is known by its ``uuid()``, or by the
-            source of the file that it is defined in; a change of another file that it calls is not seen.
+            source of the file that it is defined in and moecomm's version; a change of another file that it calls is not seen.
 
     Raises TypeError for what cannot be called.
 
@@ -55,4 +57,4 @@ def _name(each: Pass) -> Any:
     if file is None:
         return None
     with open(file, "rb") as source:
-        return each.__module__, each.__qualname__, hashlib.sha256(source.read()).hexdigest()
+        return each.__module__, each.__qualname__, hashlib.sha256(source.read()).hexdigest(), __version__

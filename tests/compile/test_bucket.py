@@ -60,6 +60,19 @@ def test_exchanges_that_need_each_other_or_have_other_splits_are_left_alone() ->
     assert names == ["dispatch_exchange_2", "rows_exchange_default", "dispatch_exchange_1"]
 
 
+def test_equal_splits_of_a_static_plan_are_merged_too() -> None:
+    def function(x: Tensor, order: Tensor) -> list[Tensor]:
+        return [TORCH.wait_tensor(OPS.dispatch_exchange(rows, order, 1, None, 9, "group")) for rows in (x, x[:, :3].double())]
+
+    module = make_fx(function, tracing_mode="fake")(torch.ones(9, 4), torch.zeros(9, dtype=torch.int32))
+    merge_exchanges(module.graph)
+    (message,) = [node for node in module.graph.nodes if node.name.startswith("rows_ex")]
+    assert message.args[1:] == (None, 9, 0, "group")
+    assert message.meta["val"].shape == (9, 2 + 3)  # words of 8 bytes
+    results = [node.meta["val"] for node in next(iter(reversed(module.graph.nodes))).args[0]]
+    assert [(result.dtype, result.shape[1]) for result in results] == [(torch.float32, 4), (torch.float64, 3)]
+
+
 def tree(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """A layer of two tensors a token."""
     plan = mf.plan(experts, weights, NUM_EXPERTS, None, like=x)
