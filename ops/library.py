@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 
 try:
     import triton
@@ -14,6 +17,20 @@ except ImportError:  # no Triton on this platform: CPU tensors never need it
     triton = tl = None
 
 LIBRARY = torch.library.Library("moecomm", "FRAGMENT")
+
+
+def _checksum() -> str:
+    """Of the sources of what the compiler traces into after it has made its cache's key: the ops and DTensor's rules for them."""
+    checksum = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(__file__).parents[1] / "compile"):
+        for path in sorted(folder.glob("*.py")):
+            checksum.update(path.read_bytes())
+    return checksum.hexdigest()[:16]
+
+
+# The caches of torch.compile know an op by its name alone (2.13): without this, a graph from before an upgrade would be loaded after it,
+# with the backward that its ops had then. The tag is torch's own means against that; what the user has in it stays.
+torch.compiler.config.cache_key_tag += f" moecomm {_checksum()}"
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
