@@ -20,6 +20,11 @@ its own affair, which no DTensor can say (and one with a dynamic size has no bac
 stands in the plan's ``layout``, a DTensor without elements, so that the plan stays a pytree of tensors, ints and a name, and the graph
 needs to know no mesh but from a tensor. A loss is Replicate on the mesh dims along which all ranks have the same one; on others each has
 its addend of the mean, which is Partial, as DTensor's own means are.
+
+Under torch.compile two things of torch 2.13 are to know, which hold for DTensor's own ops as well. A graph whose sizes are static is
+used again where the whole size has changed and the local one has not: 12 tokens on 2 ranks after 11 give the first rank a y of 11. Where
+the whole T changes from call to call, compile with ``dynamic=True``. And DTensor's own ops do not compile on a mesh that equals an
+earlier one of the process: make each mesh once.
 """
 
 from __future__ import annotations
