@@ -14,6 +14,7 @@ from moecomm.ops.exchange import start
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.library import define
 from moecomm.ops.slots import message, message_fake
+from moecomm.ops.starts import define_start
 
 MESSAGE = "slots_message(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, bool padded) -> Tensor"
 GATHER = "gather_pairs(Tensor x, Tensor order, int k) -> Tensor"
@@ -58,5 +59,5 @@ def take(message: Tensor, words: int, width: int, dtype: torch.dtype) -> Tensor:
 
 slots_message = define(MESSAGE, message_fake, message, message)
 gather_pairs = define(GATHER, gather_pairs_fake, gather_rows_cpu, gather_rows_triton)
-rows_exchange = define(ROWS, rows_fake, rows, rows)
+rows_exchange = define_start(ROWS, rows_fake, rows, rows)
 take_rows = define(TAKE, take_fake, take, take)

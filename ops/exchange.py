@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecomm.group import process_group
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
-from moecomm.ops.library import define
+from moecomm.ops.starts import define_start
 from moecomm.ops.weighted_sum import weighted_sum_cpu, weighted_sum_triton
 
 DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor? splits, SymInt received, str group) -> Tensor"
@@ -84,6 +84,6 @@ def return_rows(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> 
     return start(rows.clone(memory_format=torch.contiguous_format), pairs, splits, 1, group)
 
 
-dispatch_exchange = define(DISPATCH, dispatch_fake, dispatch_cpu, dispatch_triton)
-combine_exchange = define(COMBINE, combine_fake, combine_cpu, combine_triton)
-return_exchange = define(RETURN, return_fake, return_rows, return_rows)
+dispatch_exchange = define_start(DISPATCH, dispatch_fake, dispatch_cpu, dispatch_triton)
+combine_exchange = define_start(COMBINE, combine_fake, combine_cpu, combine_triton)
+return_exchange = define_start(RETURN, return_fake, return_rows, return_rows)

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from moecomm.ops.exchange import return_exchange, start, wait
 from moecomm.ops.library import LIBRARY, define
+from moecomm.ops.starts import define_start
 from moecomm.ops.weighted_sum import weighted_sum
 
 SEND = (
@@ -76,7 +77,7 @@ def unpack(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple[Ten
     return ids.to(torch.int32, copy=True), weights.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
-slots_exchange = define(SEND, send_fake, send, send)
+slots_exchange = define_start(SEND, send_fake, send, send)
 unpack_slots = define(UNPACK, unpack_fake, unpack, unpack)
 
 

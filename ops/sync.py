@@ -18,6 +18,7 @@ from moecomm.group import process_group
 from moecomm.ops.library import LIBRARY, define
 from moecomm.ops.rank_sum import rank_sum
 from moecomm.ops.slice import all_gathered, chunk_size, funcol, start_all_gather
+from moecomm.ops.starts import define_start
 
 START = "start_broadcast(Tensor[] tensors, int src, str group) -> Tensor"
 SPLIT = "split_copy(Tensor flat, SymInt[] sizes) -> Tensor[]"
@@ -49,7 +50,7 @@ def split_copy_here(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(torch.ops.aten.split_with_sizes_copy(flat, sizes))
 
 
-start_broadcast = define(START, start_broadcast_fake, start_broadcast_here, start_broadcast_here)
+start_broadcast = define_start(START, start_broadcast_fake, start_broadcast_here, start_broadcast_here)
 split_copy = define(SPLIT, split_copy_fake, split_copy_here, split_copy_here)
 
 

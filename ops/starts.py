@@ -1,0 +1,41 @@
+"""define_start: an op that starts an exchange, and is known to Inductor as what it is.
+
+Inductor orders kernels anew to save memory, by sizes that may differ from rank to rank. Torch's own collectives stay in the graph's order,
+the same on every rank, and it knows no others (2.13). Exchanges that do not depend on each other, such as those of two layers side by
+side, could start in another order on another rank, and all would wait for ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from moecomm.ops.library import define
+
+
+def define_start(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
+    """`define` for an op whose result is a tensor that is waited for."""
+
+    def traced(*args: Any) -> Any:
+        # Inductor traces a graph before it lowers it; whoever does not use it need not import it.
+        if "torch._inductor.lowering" in sys.modules:
+            _lower_as_collective(op)
+        return fake(*args)
+
+    op = define(schema, traced, cpu, cuda)
+    return op
+
+
+def _lower_as_collective(op: Any) -> None:
+    from torch._inductor.ir import TensorBox, _CollectiveKernel
+    from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides, lowerings, register_lowering
+
+    if op in lowerings:
+        return
+
+    def lower(*args: Any) -> Any:
+        return TensorBox.create(_CollectiveKernel.create_out_of_place(op, *args))  # type: ignore[arg-type] # one tensor, no list
+
+    add_layout_constraint(op, constrain_to_fx_strides)
+    register_lowering(op, type_promotion_kind=None)(lower)
