@@ -19,6 +19,7 @@ from moecomm.ops.sizes import plan_sizes, signature
 from moecomm.ops.slots import exchange_slots
 from moecomm.ops.sort import bounded_sort, counting_sort
 from moecomm.placement import Placement, as_tensor
+from moecomm.profile import profiled
 
 
 class Plan(NamedTuple):
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
     dropped: Tensor | None = None  # [] int32: this rank's slots of an expert for which static mode had no row; None without max_rows
 
 
+@profiled
 def plan(
     experts: Tensor,
     weights: Tensor,

@@ -15,10 +15,12 @@ from moecomm.ops.gather import gather
 from moecomm.ops.sums import sum_gradient
 from moecomm.ops.weighted_sum import weighted_sum
 from moecomm.plan import Plan
+from moecomm.profile import profiled
 
 Tree = TypeVar("Tree")
 
 
+@profiled
 def dispatch(x: Tree, plan: Plan) -> Tree:
     """The tokens of all ranks that chose an expert of this rank, a row for each slot, grouped by local expert.
 
@@ -50,6 +52,7 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
     return tree_map(lambda leaf: _dispatch(leaf, plan), x)
 
 
+@profiled
 def combine(rows: Tree, plan: Plan) -> Tree:
     """The experts' rows back at their tokens' ranks: each token's sum over its slots, weighted by the plan's weights.
 
