@@ -33,7 +33,7 @@ def in_two_chunks(layer: Callable[..., Tree], *tokens: Tensor) -> Tree:
 
     Raises ValueError where the tensors differ in T.
 
-    >>> in_two_chunks = __import__("moecomm.compile.chunks").compile.chunks.in_two_chunks
+    >>> from moecomm.compile.chunks import in_two_chunks
     >>> in_two_chunks(lambda x, scale: x * scale, torch.arange(3.0), torch.tensor([1.0, 10.0, 100.0]))
     tensor([  0.,  10., 200.])
     """

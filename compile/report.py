@@ -83,6 +83,7 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     ...     found = report(layer, torch.zeros(2, 3, requires_grad=True))
     >>> found.graphs, found.breaks, found.recompiles, [(sync.op, sync.phase) for sync in found.compiled.syncs]
     (1, [], [], [('plan_sizes', 'forward')])
+    >>> torch.compiler.reset()  # what was compiled for the report
     """
     torch._dynamo.reset()
     with torch.compiler.set_stance("force_eager"):

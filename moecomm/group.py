@@ -92,8 +92,8 @@ def _shared_name(name: str, dim: str) -> str:
         except RuntimeError:  # nobody's, or that of a group that is no more
             known = None
         if known is None or known not in dist.distributed_c10d._world.pg_map:
-            torch._C._distributed_c10d._unregister_process_group(shared)
-            torch._C._distributed_c10d._register_process_group(shared, group)
+            torch._C._distributed_c10d._unregister_process_group(shared)  # type: ignore[arg-type]
+            torch._C._distributed_c10d._register_process_group(shared, group)  # type: ignore[arg-type]
             return shared
         if known is group:
             return shared
