@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+VERSION ?= 2.11.0
+TRITON ?= 3.6.0
 
-.PHONY: demo test test-all test-fast lint format bench clean
+.PHONY: demo test test-all test-fast test-torch lint format bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -24,6 +26,15 @@ test-all: $(READY)  ## with every one of very many like cases, too
 
 test-fast: $(READY)  ## the inner loop: under two minutes
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+build/torch-%/.ready: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --extra-index-url https://download.pytorch.org/whl/cpu \
+		-e '.[demo,test]' 'torch==$*' 'triton==$(TRITON)' 'numpy<2.4'  # numpy 2.4 ends what Triton 3.6's interpreter does with it
+	touch $@
+
+test-torch: build/torch-$(VERSION)/.ready  ## the inner loop with another torch: by default the oldest that moecomm takes
+	build/torch-$(VERSION)/bin/python -m pytest -m "not slow" -W ignore::DeprecationWarning $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
