@@ -10,18 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.ops.library import LIBRARY
+from moecomm.ops.library import LIBRARY, define
+
+GRADIENT = "loss_gradient(Tensor grad, float scale, ScalarType dtype, Device device) -> Tensor"
+
+
+def gradient_fake(grad: Tensor, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return grad.new_empty((), dtype=dtype, device=device)
+
+
+def gradient(grad: Tensor, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant; the gradient is an argument so that a compiler takes the loss's backward for a part of the backward pass.
+
+    Where it was a constant to the compiler, too, the loss's backward went into the forward graph, and once more, exchanges and all, into
+    the backward graph, where nobody used it (torch 2.13: an unused wait_tensor keeps what it waits for).
+    """
+    return grad.new_full((), scale, dtype=dtype, device=device)
+
+
+loss_gradient = define(GRADIENT, gradient_fake, gradient, gradient)
 
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale, ctx.like = scale, {"dtype": loss.dtype, "device": loss.device}
+        ctx.arguments = scale, loss.dtype, loss.device
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, torch.full((), ctx.scale, **ctx.like), None
+        return grad, loss_gradient(grad.detach(), *ctx.arguments), None
 
 
 # An op, which the compiler traces into, forward and backward: Dynamo warns where it meets an autograd.Function itself.

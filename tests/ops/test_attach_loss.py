@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.library import opcheck
 
-from moecomm.ops.attach_loss import attach_loss
+from moecomm.ops.attach_loss import attach_loss, loss_gradient
 from tests.ops.cases import COMPOSED
 
 
@@ -15,3 +15,9 @@ def test_attach_loss_passes_opcheck() -> None:
         opcheck(attach_loss, (x, loss, 0.5), test_utils=COMPOSED)
         opcheck(attach_loss, (x.detach(), loss, 0.5), test_utils=COMPOSED)
         opcheck(attach_loss, (x, loss.detach(), 0.5), test_utils=COMPOSED)
+
+
+def test_the_gradient_of_a_loss_passes_opcheck() -> None:
+    for dtype in (torch.float32, torch.float64):
+        opcheck(loss_gradient, (torch.ones(2, 3), 0.5, dtype, torch.device("cpu")))
+        assert loss_gradient(torch.ones(2, 3), 0.5, dtype, torch.device("cpu")).tolist() == 0.5
