@@ -3,12 +3,12 @@
     python -m moecomm.compile.report package.module:function [--json]
     torchrun --nproc-per-node 4 -m moecomm.compile.report path/to/file.py:function
 
-The function takes no arguments, and makes its own inputs.
+The function takes no arguments, and makes its own inputs. In a checkout of moecomm it may be left out: it is the demo's model then.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import runpy
 import sys
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from moecomm.compile.watch import Break, Compiling, Recompile, Run, run
 from moecomm.errors import wrong_value
 
+DEMO = "tutorials.demo.step:loss"
 CALLS = 3  # the first compiles, the second may recompile with sizes as variables, and the third must be as the second
 
 
@@ -156,6 +157,8 @@ def find(target: str) -> Callable[..., Any]:
 
 def main(arguments: list[str]) -> None:
     targets = [argument for argument in arguments if argument != "--json"]
+    if not targets and importlib.util.find_spec("tutorials"):
+        targets = [DEMO]
     if len(targets) != 1:
         sys.exit(__doc__)
     if dist.is_torchelastic_launched():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +143,12 @@ def test_the_command_reports_a_function_of_a_module_or_of_a_file() -> None:
         find("nothing")
     with pytest.raises(ValueError, match="one of tests.layers's functions"):
         find("tests.layers:nothing")
+
+
+def test_the_demos_model_is_one_graph_for_all_layers() -> None:
+    command = [sys.executable, "-m", "moecomm.compile.report", "--json"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["graphs"], found["breaks"], found["recompiles"]) == (1, [], [])
+    assert [sync["op"] for sync in found["compiled"]["syncs"]] == ["plan_sizes"] * 4
