@@ -1,6 +1,6 @@
-"""keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, signature) for p.
+"""keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, T, signature).
 
-Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 4 + signature] numbers, whatever E is. Expert e is on
+Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 5 + signature] numbers, whatever E is. Expert e is on
 rank e // (E / P), or each slot on the rank that ``placed`` says, [T, K] int32 as `place` gives them: one more read.
 Integers only: no backward.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecomm.ops.library import define, jit, tl
 
-PAIRS, SLOTS, LOWEST, HIGHEST, SIGNATURE = 0, 1, 2, 3, 4  # the columns of a message; the signature takes the rest
+PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, SIGNATURE = 0, 1, 2, 3, 4, 5  # the columns of a message; the signature takes the rest
 SCHEMA = "count(Tensor experts, int num_experts, int ranks, SymInt[] signature, Tensor? placed=None) -> (Tensor, Tensor)"
 
 
@@ -22,7 +22,7 @@ def count_fake(
     experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     keys = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)  # [T, K]
-    message = torch.empty(ranks, SIGNATURE + len(signature), dtype=torch.int64, device=experts.device)  # [P, 4 + signature]
+    message = torch.empty(ranks, SIGNATURE + len(signature), dtype=torch.int64, device=experts.device)  # [P, 5 + signature]
     return keys, message
 
 
@@ -40,7 +40,7 @@ def count_cpu(
         same = rank.unsqueeze(2) == rank.unsqueeze(1)  # [T, K, K]
         keys = torch.where(same.tril_(-1).any(2), -1, rank)
         pairs = torch.bincount(keys.flatten() + 1, minlength=ranks + 1)[1:]
-    message = torch.tensor([[0, 0, lowest, highest, *signature]], device=experts.device).repeat(ranks, 1)
+    message = torch.tensor([[0, 0, lowest, highest, experts.shape[0], *signature]], device=experts.device).repeat(ranks, 1)
     message[:, PAIRS] = pairs
     message[:, SLOTS] = slots
     return keys, message
@@ -97,7 +97,7 @@ def count_triton(
     tokens, k = experts.shape
     keys = torch.empty((tokens, k), dtype=torch.int32, device=experts.device)
     empty = experts.numel() == 0
-    header = (0, 0, -1 if empty else num_experts, -1, *signature)
+    header = (0, 0, -1 if empty else num_experts, -1, tokens, *signature)
     message = torch.empty(ranks, len(header), dtype=torch.int64, device=experts.device)
     _header_kernel[(ranks,)](message, len(header), header)  # a kernel: a copy of the numbers from the host would wait for the device
     if not empty:

@@ -1,7 +1,7 @@
 """(S, R, N, splits) = the sums of the messages' pairs and slots; splits[0] = pairs to each rank, splits[1] = pairs from each, on the CPU.
 
 The one place that reads from the device: one copy of 2 * P short messages, whatever T and E are. It raises, alike on every rank, where the
-ranks' signatures differ or an expert id is out of range. Integers only: no backward.
+ranks' signatures differ, an expert id is out of range, or int32 indices could not number the slots. Integers only: no backward.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moecomm.errors import ExpertIdError, MoECommError
-from moecomm.ops.count import HIGHEST, LOWEST, PAIRS, SIGNATURE, SLOTS
+from moecomm.ops.count import HIGHEST, LOWEST, PAIRS, SIGNATURE, SLOTS, TOKENS
 from moecomm.ops.library import define
+from moecomm.ops.sort import MOST
 
 SCHEMA = "plan_sizes(Tensor sent, Tensor received) -> (SymInt, SymInt, SymInt, Tensor)"
 SIGNED = ("k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype", "placement")  # what a signature's numbers mean
@@ -26,7 +27,7 @@ def sizes_fake(sent: Tensor, received: Tensor) -> tuple[torch.SymInt, torch.SymI
 
 
 def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor]:
-    messages = torch.stack((sent, received)).cpu()  # [2, P, 4 + signature]: the host sync of a layer
+    messages = torch.stack((sent, received)).cpu()  # [2, P, 5 + signature]: the host sync of a layer
     _check(messages[1].tolist())
     splits = messages[:, :, PAIRS].contiguous()  # [2, P]
     pairs_sent, pairs_received = splits.sum(1).tolist()
@@ -44,6 +45,13 @@ def _check(messages: list[list[int]]) -> None:
     if wrong:
         where = ", ".join(f"between {m[LOWEST]} and {m[HIGHEST]} on rank {rank}" for rank, m in wrong)
         raise ExpertIdError(f"experts was {where} of the group; ids must be in [-1, num_experts) = [-1, {num_experts})")
+    k = messages[0][SIGNATURE + SIGNED.index("k")]
+    slots = sum(message[TOKENS] for message in messages) * k  # no rank has more, T * K sent or R * K received, and all know this sum
+    if slots > MOST:
+        shapes = ", ".join(f"[{message[TOKENS]}, {k}] on rank {rank}" for rank, message in enumerate(messages))
+        raise MoECommError(
+            f"experts was of shape {shapes} of the group, {slots} slots; together it must be at most {MOST}, as int32 indices number them"
+        )
 
 
 DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))

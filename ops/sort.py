@@ -17,6 +17,7 @@ from moecomm.ops.library import block_of, define, jit, tl
 SORT = "counting_sort(Tensor keys, int bins, SymInt size, bool padded=False) -> (Tensor, Tensor, Tensor)"
 BOUNDED = "bounded_sort(Tensor keys, int bins, SymInt most) -> (Tensor, Tensor)"
 BLOCK = 256  # keys that a program of a kernel takes
+MOST = 2**31 - BLOCK  # keys that int32 indices can number, those past the end in a kernel's last block among them
 
 
 def sort_fake(keys: Tensor, bins: int, size: int, padded: bool = False) -> tuple[Tensor, Tensor, Tensor]:

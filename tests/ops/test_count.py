@@ -30,7 +30,7 @@ def expected(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | Non
                 pairs[rank] += 1
                 keys[t, j] = rank
     flat = [expert for row in ids for expert in row] or [-1]
-    message = [[pairs[p], slots[p], min(flat), max(flat), *SIGNATURE] for p in range(ranks)]
+    message = [[pairs[p], slots[p], min(flat), max(flat), experts.shape[0], *SIGNATURE] for p in range(ranks)]
     return keys, torch.tensor(message)
 
 

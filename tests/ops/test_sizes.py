@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.errors import ExpertIdError, MoECommError
-from moecomm.ops.count import count
+from moecomm.ops.count import TOKENS, count
 from moecomm.ops.sizes import plan_sizes, signature
+from moecomm.ops.sort import MOST
 from tests.ops.cases import routing
 
 NUM_EXPERTS = 8
@@ -18,7 +19,7 @@ NUM_EXPERTS = 8
 def message(
     experts: Tensor, ranks: int, weights_dtype: torch.dtype = torch.float32, like: Tensor | None = None, placement: int = -1
 ) -> Tensor:
-    """[P, 4 + signature]: what the rank with these experts sends."""
+    """[P, 5 + signature]: what the rank with these experts sends."""
     weights = torch.zeros(experts.shape, dtype=weights_dtype)
     return count(experts, NUM_EXPERTS, ranks, signature(experts, weights, NUM_EXPERTS, like, placement))[1]
 
@@ -71,6 +72,27 @@ def test_every_rank_raises_where_the_ranks_differ(other: dict[str, object], text
     for rank, received in enumerate(exchanged(*sent)):
         with pytest.raises(MoECommError, match=text):
             plan_sizes(sent[rank], received)
+
+
+@pytest.mark.parametrize("tokens", [(2**30, 0), (2**29, 2**29), (5, 2**40)])
+def test_every_rank_raises_for_more_slots_than_int32_indices_number(tokens: tuple[int, int]) -> None:
+    sent = [message(torch.tensor([[0, 5]]), 2) for _ in tokens]
+    for header, t in zip(sent, tokens, strict=True):
+        header[:, TOKENS] = t  # as of a rank with memory for so many
+    shapes = f"[{tokens[0]}, 2] on rank 0, [{tokens[1]}, 2] on rank 1"
+    for rank, received in enumerate(exchanged(*sent)):
+        with pytest.raises(MoECommError) as raised:
+            plan_sizes(sent[rank], received)
+        assert str(raised.value) == (
+            f"experts was of shape {shapes} of the group, {2 * sum(tokens)} slots; together it must be at most 2147483392, "
+            "as int32 indices number them"
+        )
+
+
+def test_as_many_slots_as_int32_indices_number_are_taken() -> None:
+    sent = message(torch.tensor([[0, 5]]), 1)
+    sent[:, TOKENS] = MOST // 2
+    assert plan_sizes(sent, sent)[:3] == (1, 1, 2)
 
 
 def test_sizes_pass_opcheck() -> None:
