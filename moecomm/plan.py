@@ -11,13 +11,14 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from moecomm.dtensor import make_layout, to_local
 from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
+from moecomm.log import log_plan
 from moecomm.ops.count import count
 from moecomm.ops.exchange import wait
 from moecomm.ops.fit import fit
 from moecomm.ops.place import place, placement_table
 from moecomm.ops.sizes import plan_sizes, signature
 from moecomm.ops.slots import exchange_slots
-from moecomm.ops.sort import bounded_sort, counting_sort
+from moecomm.ops.sort import MOST, bounded_sort, counting_sort
 from moecomm.placement import Placement, as_tensor
 from moecomm.profile import profiled
 
@@ -105,8 +106,11 @@ def plan(
     Backward: from the plan's weights to ``weights``, in one exchange.
 
     Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent; `MoECommError`, alike on
-    every rank, where the ranks differ in K, E, a dtype, ``like`` or ``placement``; `ExpertIdError` (a ValueError as well), alike on every
-    rank, where an id is outside [-1, E) on any of them. In static mode the last two are not raised.
+    every rank, where the ranks differ in K, E, a dtype, ``like`` or ``placement``, or have more than 2^31 - 256 slots together, which int32
+    indices cannot number; `ExpertIdError` (a ValueError as well), alike on every rank, where an id is outside [-1, E) on any of them. In
+    static mode the last two are not raised, and it is T * K and P * C * K that are bounded.
+
+    The logger "moecomm" gets a line with the sizes at level DEBUG; code that torch.compile traced logs nothing.
 
     >>> experts = torch.tensor([[2, 0], [2, -1], [1, 2]])
     >>> a_plan = plan(experts, torch.ones(3, 2), num_experts=3)
@@ -142,9 +146,19 @@ def plan(
         table, checksum = placement_table(where, num_experts, experts.device)
         places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
     if max_rows is not None:
-        return _static_plan(experts, weights, num_experts, places, placed, local, max_rows, ranks)
-    signed = signature(experts, weights, num_experts, like, checksum)
-    keys, sent = count(experts, num_experts, ranks.size, signed, placed)  # [T, K], [P, 4 + signature]
+        made = _static_plan(experts, weights, num_experts, places, placed, local, max_rows, ranks)
+    else:
+        signed = signature(experts, weights, num_experts, like, checksum)
+        made = _dynamic_plan(experts, weights, num_experts, places, placed, local, signed, ranks)
+    log_plan(made, like)
+    return made
+
+
+def _dynamic_plan(
+    experts: Tensor, weights: Tensor, num_experts: int, places: Tensor, placed: Tensor | None, local: int, signed: list[int], ranks: Group
+) -> Plan:
+    """A plan of the sizes that the routing has: they are read from the device, once."""
+    keys, sent = count(experts, num_experts, ranks.size, signed, placed)  # [T, K], [P, 5 + signature]
     tokens, k = experts.shape
     if ranks.size == 1:
         _, _, n, _ = plan_sizes(sent, sent)
@@ -165,8 +179,13 @@ def _static_plan(
 ) -> Plan:
     """A plan of constant sizes: nothing is read from the device, what has no place is dropped, and places that are left are padding."""
     tokens, k = experts.shape
-    keys, _ = count(experts, num_experts, group.size, [], placed)  # [T, K]
     pairs = group.size * max_rows  # S = R
+    if guard_or_false(tokens * k > MOST):
+        wrong_value("experts", f"of shape {list(experts.shape)}", f"of at most {MOST} slots, as int32 indices number them")
+    if guard_or_false(pairs * k > MOST):
+        must = f"at most {MOST // (group.size * k)}, as int32 indices number the slots of all {group.size} ranks"
+        wrong_value("max_rows", max_rows, must)
+    keys, _ = count(experts, num_experts, group.size, [], placed)  # [T, K]
     send_order, send_position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
     fits, dropped = fit(experts, places, send_position, local)  # [T, K]
     n = pairs * min(k, local)

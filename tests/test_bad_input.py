@@ -98,6 +98,16 @@ def wrong_plans() -> dict[str, Wrong]:
             ValueError,
             "like was of shape []; it must be of shape [3, ...], as experts has that many tokens",
         ),
+        "more slots than int32 indices number": Wrong(
+            lambda: mf.plan(experts[:1].expand(2**30, K), weights[:1].expand(2**30, K), E, max_rows=1),
+            ValueError,
+            "experts was of shape [1073741824, 2]; it must be of at most 2147483392 slots, as int32 indices number them",
+        ),
+        "room for more slots than int32 indices number": Wrong(
+            lambda: mf.plan(experts, weights, E, max_rows=2**30),
+            ValueError,
+            f"max_rows was 1073741824; it must be at most {1073741696 // ranks}, as int32 indices number the slots of all {ranks} ranks",
+        ),
         "a group that is a number": Wrong(
             lambda: mf.plan(experts, weights, E, 2),
             TypeError,
