@@ -5,6 +5,7 @@ A token walks one way: `route` -> `plan` -> `dispatch` -> (your experts) -> `com
 
 from moecomm.capacity import limit_by_capacity
 from moecomm.clip import clip_grad_norm_
+from moecomm.explain import explain
 from moecomm.losses import attach_loss, load_balance_loss, update_bias, z_loss
 from moecomm.plan import Plan, plan
 from moecomm.replicas import sync_replica_grads_, sync_replicas_
@@ -21,6 +22,7 @@ __all__ = [
     "clip_grad_norm_",
     "combine",
     "dispatch",
+    "explain",
     "limit_by_capacity",
     "load_balance_loss",
     "plan",
