@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 GRACE = 3.0  # seconds that the other ranks get to report, once one has failed
+GROUPS = 32  # process groups that a pool may have made: each has three threads of gloo on each rank, which are never quite idle
 
 
 class RankFailed(AssertionError):
@@ -32,6 +33,8 @@ class RankFailed(AssertionError):
 
 def run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0) -> list[Any]:
     """What ``fn(*args)`` gave on each of ``ranks`` ranks; RankFailed, with the tracebacks, where it gave none."""
+    if ranks in _pools and _pools[ranks].groups > GROUPS:
+        _pools.pop(ranks).end(GRACE)
     pool = _pools.get(ranks) or _pools.setdefault(ranks, Pool(ranks))
     try:
         return pool.run(fn, args, timeout)
@@ -49,6 +52,7 @@ class Pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.groups = 1
         self.pipes: list[Connection] = []
         self.processes = []
         self.stacks = [tempfile.NamedTemporaryFile(suffix=f".rank{rank}") for rank in range(ranks)]  # noqa: SIM115 - as long-lived as the pool
@@ -78,7 +82,7 @@ class Pool:
             for pipe in ready:
                 rank = waiting[pipe]
                 try:
-                    ok, value = pickle.loads(pipe.recv_bytes())
+                    ok, value, self.groups = pickle.loads(pipe.recv_bytes())
                 except (EOFError, OSError):
                     self.processes[rank].join(1)
                     ok, value = False, f"died with exit code {self.processes[rank].exitcode}"
@@ -129,9 +133,10 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> No
         except (EOFError, OSError):
             return  # the parent needs no more, or is gone
         try:
-            answer = pickle.dumps((True, fn(*args)))
+            value = fn(*args)
+            answer = pickle.dumps((True, value, len(dist.distributed_c10d._world.pg_map)))
         except Exception:
-            answer = pickle.dumps((False, traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc(), 0))
         with suppress(OSError):  # the parent waits no more
             pipe.send_bytes(answer)
 

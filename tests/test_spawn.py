@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.spawn import RankFailed, run_ranks
+from tests.spawn import GROUPS, RankFailed, run_ranks
 
 
 def total_here(x: int) -> tuple[int, int, int]:
@@ -48,6 +48,18 @@ def test_ranks_are_kept_from_call_to_call_and_answer_in_order() -> None:
     first, second = run_ranks(total_here, 2, 1), run_ranks(total_here, 2, 10)
     assert [answer[:2] for answer in first] == [(0, 3), (1, 3)]
     assert [answer[2] for answer in first] == [answer[2] for answer in second]
+
+
+def make_groups(number: int) -> int:
+    for _ in range(number):
+        dist.new_group([0, 1])
+    return os.getpid()
+
+
+def test_ranks_with_too_many_process_groups_are_not_kept() -> None:
+    first = run_ranks(make_groups, 2, 1)
+    assert run_ranks(make_groups, 2, GROUPS) == first
+    assert not set(run_ranks(make_groups, 2, 0)) & set(first)
 
 
 def test_a_rank_that_raises_fails_the_call_with_its_traceback() -> None:
