@@ -20,6 +20,7 @@ MATMULS = ("mm", "addmm", "bmm", "_grouped_mm")
 def lanes(file: Path) -> list[tuple[str, float, float, str]]:
     """(kind, start, milliseconds, name) of each op that no other op calls; an exchange lasts from its start to its wait's end."""
     events = [e for e in json.loads(file.read_text())["traceEvents"] if e.get("cat") == "cpu_op" and "::" in e["name"]]
+    events = [e for e in events if not e["name"].startswith("autograd::")]  # what autograd calls, not that it does
     events.sort(key=lambda event: (event["ts"], -event["dur"]))
     began, found, pending = events[0]["ts"], [], []
     ends: dict[Any, float] = {}

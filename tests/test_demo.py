@@ -119,11 +119,13 @@ def history(out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    undisturbed = start(tmp_path / "whole", "--steps", "12")
+    undisturbed = start(tmp_path / "whole", "--steps", "12", "--profile")
     output, _ = undisturbed.communicate(timeout=120)
     assert undisturbed.returncode == 0, output
     for plot in ("loss.png", "experts.png"):
         assert (tmp_path / "whole" / plot).stat().st_size > 10_000
+    for rank in range(2):
+        assert "moecomm::dispatch_exchange" in (tmp_path / "whole" / f"trace_{rank}.json").read_text()
     assert "held-out bits per byte" in output
     assert "bigram" in output
 

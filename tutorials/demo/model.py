@@ -20,6 +20,7 @@ class Shape(NamedTuple):
     heads: int = 4
     layers: int = 4
     hidden: int = 256  # of one expert
+    shared: int = 0  # the hidden dim of an expert that all tokens go through; 0: there is none
     context: int = 256
     vocabulary: int = 256  # bytes
 
@@ -108,17 +109,20 @@ class MoE(nn.Module):
         self.balance = BALANCE / shape.layers / groups.ranks  # of the one loss of all ranks, whose gradients are summed
         self.gate = nn.Linear(shape.dim, shape.experts, bias=False)
         self.experts = Experts(shape)
+        self.shared = Shared(shape) if shape.shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.gate(x).float()  # [T, E]
         weights, experts = mf.route(logits, self.top_k)  # [T, K] each
         balance = mf.load_balance_loss(logits.softmax(-1), experts, self.groups.tokens)
         # The ranks that split an expert's hidden dim send on the tokens of all of them; alone, a rank has all of x already.
-        x, weights = (mf.slice_gather(each, self.groups.hidden, grad="reduce") for each in (x, weights))
-        plan = mf.plan(mf.slice_gather(experts, self.groups.hidden), weights, self.num_experts, self.groups.experts, like=x)
-        rows = mf.dispatch(x, plan)  # [N, D]
+        every, weights = (mf.slice_gather(each, self.groups.hidden, grad="reduce") for each in (x, weights))
+        plan = mf.plan(mf.slice_gather(experts, self.groups.hidden), weights, self.num_experts, self.groups.experts, like=every)
+        rows = mf.dispatch(every, plan)  # [N, D]
         rows = self.experts(rows, plan.offsets)
         y = mf.slice_reduce(mf.combine(rows, plan), self.groups.hidden)  # [T, D]
+        if self.shared is not None:
+            y = y + self.shared(x)  # it needs nothing of an exchange, and so can run during it
         return mf.attach_loss(y, balance, self.balance), plan.offsets.diff(prepend=plan.offsets.new_zeros(1))
 
 
@@ -134,6 +138,19 @@ class Experts(nn.Module):
         into, out = local(self.into, rows).flatten(1, 2), local(self.out, rows)  # [L, 2 * hidden, D], [L, D, hidden]
         gate, up = F.grouped_mm(rows, into.transpose(1, 2), offs=offsets).chunk(2, -1)  # [N, hidden] each
         return F.grouped_mm(F.silu(gate) * up, out.transpose(1, 2), offs=offsets)  # [N, D]
+
+
+class Shared(nn.Module):
+    """A SwiGLU expert of all tokens, the same on all ranks."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.into = nn.Linear(shape.dim, 2 * shape.shared, bias=False)
+        self.out = nn.Linear(shape.shared, shape.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.into(x).chunk(2, -1)
+        return self.out(F.silu(gate) * up)
 
 
 def local(weight: Tensor, like: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--experts", type=int, default=8, help="experts a layer; default %(default)s")
     parser.add_argument("--top-k", type=int, default=2, help="experts a token; default %(default)s")
+    parser.add_argument("--shared", type=int, default=0, help="hidden dim of an expert that all tokens go through; default: none")
     parser.add_argument("--data", type=Path, help="a text file, or a folder of them; default: the sources of Python's standard library")
     parser.add_argument("--steps", type=int, default=240, help="training steps; default %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, of all ranks together; default %(default)s")
@@ -43,6 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--sample", type=int, default=160, help="bytes of text that the trained model writes; default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters, the batches and the sample; default %(default)s")
+    parser.add_argument("--profile", action="store_true", help="write what each rank does in the last step: --out/trace_0.json, ...")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where plots and checkpoints go; default %(default)s")
     options = parser.parse_args(arguments)
     for name in ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "steps", "batch"):
@@ -55,6 +57,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if misfit := next(misfits(options, shape), None):
         instead = " or ".join(f"`{change}`" for change in nearest(options, shape, ep_by_default))
         parser.error(f"{misfit}: the nearest that fit are {instead}")
+    if options.shared < 0:
+        parser.error(f"--shared was {options.shared}; it must be at least 0")
     if options.data is not None and not options.data.exists():
         parser.error(f"--data was {options.data}; it must be a file or a folder that exists")
     if options.compile and options.dtype == "float32":
@@ -63,4 +67,4 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def shape_of(options: argparse.Namespace) -> Shape:
-    return Shape(experts=options.experts, top_k=options.top_k)
+    return Shape(experts=options.experts, top_k=options.top_k, shared=options.shared)

@@ -11,7 +11,7 @@ Each block is compiled once.
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import moecomm.functional as mf
+from moecomm.compile.overlap import overlap_exchanges
+from moecomm.compile.passes import options as compile_options
 from moecomm.mesh import MoEMesh, moe_mesh
 from tutorials.demo.model import Groups, Shape, Transformer
 
@@ -79,7 +81,7 @@ def build(shape: Shape, mesh: MoEMesh, options: Namespace) -> Transformer:
     for block in model.blocks.values():
         shard_block(block, mesh.stage, of_parameter, policy, ignored)
         if options.compile:
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=options.backend)
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=options.backend, options=passes(options))
     ends = spread("head.weight", mesh, options.slice)  # and the embedding's, and the last norm's
     fully_shard(model, mesh=ends.same, mp_policy=policy, ignored_params=ignored)
     for module in (model, *model.blocks.values()):
@@ -88,6 +90,11 @@ def build(shape: Shape, mesh: MoEMesh, options: Namespace) -> Transformer:
         module.set_gradient_divide_factor(1)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also divides
     return model
+
+
+def passes(options: Namespace) -> dict[str, Any] | None:
+    """With a shared expert, the pass that has it run during the exchanges; it is Inductor's that takes passes."""
+    return compile_options(overlap_exchanges) if options.shared and options.backend == "inductor" else None
 
 
 def keep_stage(model: Transformer, pp: DeviceMesh) -> None:

@@ -8,7 +8,8 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.distributed.tensor import DTensor
+from torch.profiler import profile
 from tqdm import tqdm
 
 import moecomm.functional as mf
@@ -71,7 +73,9 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
         tokens = data.batch(text.train, options.batch, shape.context, options.seed, history["step"]).to(options.device)
         before, after = pipeline.own_part(tokens, mesh, options.slice, parts)
         rate = learning_rate(history["step"], options.steps)
-        loss, load = train_step(model, schedule, optimizer, before, after, rate, mesh, options)
+        last = history["step"] == options.steps - 1
+        with profile_of(options.out / f"trace_{rank}.json") if last and options.profile else nullcontext():
+            loss, load = train_step(model, schedule, optimizer, before, after, rate, mesh, options)
         stopped = record(history, loss, load, asked(), mesh)
         step = history["step"]
         if step % HELD_OUT_EVERY == 0 or step == options.steps:
@@ -98,6 +102,14 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
         f"held-out bits per byte: {history['held_out'][-1][1]:.3f}  (bigram {bigram:.3f}, unigram {unigram:.3f})\n"
         f"plots: {options.out}/loss.png, {options.out}/experts.png; checkpoint: {checkpoint.complete(options.out / 'checkpoints')[-1]}"
     )
+
+
+@contextmanager
+def profile_of(file: Path) -> Iterator[None]:
+    """Write a trace of what is done in it; `python -m benchmarks.lanes` draws those of all ranks."""
+    with profile() as profiled:
+        yield
+    profiled.export_chrome_trace(str(file))
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
