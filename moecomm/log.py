@@ -28,7 +28,7 @@ def log_plan(plan: Plan, like: Tensor | None) -> None:
     received, k = plan.weights.shape
     sent = 0 if plan.send_order is None else plan.send_order.shape[0]
     rows = plan.row_order.shape[0]
-    if not isinstance(rows, int):  # a symbol: traced by other means than torch.compile
+    if not all(isinstance(size, int) for size in (plan.tokens, sent, received, rows)):  # traced by other means than torch.compile
         return
     to = [] if plan.splits is None else plan.splits[0].tolist()  # a CPU tensor
     most = f" (at most {max(to)} to a rank, {max(to) * len(to) / sent:.2f} times the mean)" if sent and to else ""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moecomm.functional as mf
 from moecomm.log import LOGGER
@@ -101,6 +102,16 @@ def test_a_compiled_layer_is_one_graph_and_logs_nothing_at_debug(caplog: pytest.
     caplog.clear()
     torch.testing.assert_close(layer(*given), y)
     line(caplog)  # the eager one does
+
+
+@pytest.mark.parametrize("max_rows", [None, 2])
+def test_tracing_by_other_means_logs_nothing_and_fixes_no_size(caplog: pytest.LogCaptureFixture, max_rows: int | None) -> None:
+    caplog.set_level(logging.DEBUG, "moecomm")
+    given = EXPERTS, torch.ones(3, 2)
+    traced = make_fx(lambda experts, weights: mf.plan(experts, weights, 3, max_rows=max_rows).offsets, tracing_mode="symbolic")(*given)
+    assert [record for record in caplog.records if record.name == "moecomm"] == []
+    longer = EXPERTS.repeat(3, 1), torch.ones(9, 2)
+    assert traced(*longer).tolist() == mf.plan(*longer, 3, max_rows=max_rows).offsets.tolist()
 
 
 IMPORTED = """
