@@ -67,8 +67,10 @@ def ways() -> dict[str, Way]:
         "data, by `sync_grads_`": Way((sizes, expert.STEPS, expert.CLIP), expert.train, (sizes, 4, 1)),
         "expert": Way((sizes, expert.STEPS, expert.CLIP), expert.train, (sizes, 4, 4)),
         "expert x expert-data": Way((sizes, expert.STEPS, expert.CLIP), expert.train, (sizes, 4, 2)),
-        "experts placed, and replicated (not clipped)": Way((sizes, 6), test_placement.train, (sizes, replicated, 6), replicated.placement),
-        "FSDP2, expert x expert-data (not clipped)": Way((sizes, test_fsdp.STEPS), train_fsdp, (sizes,)),
+        "experts placed, and replicated": Way(
+            (sizes, 6, test_placement.CLIP), test_placement.train, (sizes, replicated, 6), replicated.placement
+        ),
+        "FSDP2, expert x expert-data": Way((sizes, test_fsdp.STEPS, test_fsdp.CLIP), train_fsdp, (sizes,)),
     }
     orders = {"slices": "slices of the tokens", "after": "summed after the combine", "before": "summed before the combine"}
     for order, text in orders.items():
