@@ -7,7 +7,7 @@ ARGS ?=
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 
-.PHONY: demo test test-all test-fast test-torch lint format bench clean
+.PHONY: demo test test-all test-fast test-torch lint format bench gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -46,8 +46,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## ratios to a copy of the same bytes, into benchmarks/results
-	$(BIN)/python -m benchmarks.floors $(ARGS)
+bench: $(READY)  ## ratios to a copy of the same bytes and to other ways of the same layer, into benchmarks/results
+	$(BIN)/python -m benchmarks.floors
+	$(BIN)/python -m benchmarks.layer
+
+gpu: $(READY)  ## the same on a GPU, on one process
+	$(BIN)/python -m benchmarks.floors --device cuda
+	$(BIN)/python -m benchmarks.layer --device cuda
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs
