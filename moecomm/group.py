@@ -30,7 +30,9 @@ def resolve_group(group: GroupLike) -> Group:
     Raises TypeError for what names no group, ValueError for a mesh of several dims, and for a group this rank is not in.
     """
     if group is None:
-        return _named(dist.group.WORLD) if dist.is_available() and dist.group.WORLD is not None else ALONE
+        if not (dist.is_available() and dist.is_initialized()):  # Dynamo of torch 2.11 cannot compare dist.group.WORLD with None
+            return ALONE
+        return _named(dist.group.WORLD)  # type: ignore[arg-type]
     if isinstance(group, str):
         return Group(group, _size_by_name(group)) if group else ALONE
     if isinstance(group, DeviceMesh):
