@@ -26,7 +26,8 @@ def test_an_op_whose_backward_has_changed_is_compiled_anew(tmp_path: Path) -> No
         shutil.copytree(CHECKOUT / folder, tmp_path / "moecomm" / inside, dirs_exist_ok=True)
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCH_COMPILE_CACHE_KEY_TAG": "mine"}
     source = tmp_path / "moecomm" / "ops" / "attach_loss.py"
-    changed = source.read_text().replace("(), ctx.scale,", "(), 3 * ctx.scale,")
+    changed = source.read_text().replace("return grad, loss_gradient(", "return grad, 3 * loss_gradient(")
+    assert changed != source.read_text()
     tags = []
     for grad in ("1.0", "3.0"):
         done = subprocess.run([sys.executable, "-c", COMPILED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
