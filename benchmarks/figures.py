@@ -74,10 +74,14 @@ def judged(lines: list[Line], least: float | None = None, most: float | None = N
     return f"{shown}: {'met' if ratio <= (most or 0) else '**not met**'}"
 
 
+def settings(lines: list[Line]) -> list[str]:
+    return [memory for memory in SETTINGS if found(lines, what="4 ranks", memory=memory)]
+
+
 def ranks(lines: list[Line]) -> str:
     header = ["memory", "dtype", "K", "`k_fold` / moecomm", "`by_expert` / moecomm", "moecomm / floor", "plan / forward", "moecomm, ms"]
     rows = []
-    for memory in SETTINGS:
+    for memory in settings(lines):
         for dtype in DTYPES:
             for k in sorted(FASTER):
                 here = found(lines, what="4 ranks", memory=memory, dtype=dtype, k=k)
@@ -96,7 +100,7 @@ def one(lines: list[Line]) -> str:
             spread(line),
             " / ".join(f"{ms:.0f}" for ms in line["milliseconds"]),
         ]
-        for memory in SETTINGS
+        for memory in settings(lines)
         for line in found(lines, what="1 process", memory=memory)
     ]
     return table(["memory", "dtype", "", "ratio", "ms"], rows)
@@ -150,7 +154,7 @@ def draw(lines: list[Line], picture: Path) -> None:
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.6))
     for axis, dtype in zip(axes, DTYPES, strict=True):
         for case, color in (("k_fold", "tab:blue"), ("by_expert", "tab:orange")):
-            for memory, style in zip(SETTINGS, ("-", ":"), strict=True):
+            for memory, style in zip(settings(lines), ("-", ":"), strict=False):
                 here = sorted(found(lines, what="4 ranks", memory=memory, dtype=dtype, case=case), key=lambda line: line["k"])
                 middle = [line["ratio"] for line in here]
                 around = [[line["ratio"] - line["low"] for line in here], [line["high"] - line["ratio"] for line in here]]

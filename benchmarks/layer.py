@@ -3,9 +3,9 @@
     python -m benchmarks.layer             # or: make bench
     python -m benchmarks.layer --device cuda
 
-Experts give their rows back as they came, so that what is measured is everything around them. On 4 gloo processes of one thread each, on
-one process, and the bytes, the memory and the time at tiny sizes. Each line: the ratio first, then what it is a ratio to; repeats of all
-cases are interleaved, ratios are taken repeat by repeat, and of the ranks the slowest counts. Each layer is checked against a dense one in
+Experts give their rows back as they came, so that what is measured is everything around them. On 4 gloo processes and on one, each of one
+thread; and the bytes, the memory and the time at tiny sizes. Each line: the ratio first, then what it is a ratio to; repeats of all cases
+are interleaved, ratios are taken repeat by repeat, and of the ranks the slowest counts. Each layer is checked against a dense one in
 float64 before it is timed.
 
 All of it runs under two settings of the C library's memory: as installed, where large tensors come as fresh pages from the kernel at each
@@ -95,6 +95,7 @@ def measure(device: str, memory: str) -> list[Line]:
             spread = f"{line['ratio']:7.3f} ({line['low']:.3f} to {line['high']:.3f})"
             print(f"{spread}  {line['case']}: to {line['to']}; {where}", flush=True)
 
+    torch.set_num_threads(1)  # here as on the ranks: two wait for each other wherever something else runs on the machine
     for dtype in DTYPES:
         if device == "cpu":
             for k in TOP_K:
@@ -226,13 +227,10 @@ def tiny(device: str) -> list[Line]:
     """The microseconds of a layer whose tensors are next to nothing, forward without gradients; one op of it is what it is a ratio to."""
     x, experts, weights, _ = inputs(8, 8, 8, 2, torch.float32, device)
     plan = mf.plan(experts, weights.detach(), 8)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     op = partial(weighted_sum, x.detach().repeat(2, 1), plan.weights, plan.row_order, plan.row_position)
     with torch.no_grad():
         cases = {name: partial(ON_ONE[name], x, experts, weights, 8, same) for name in (MOECOMM, "k_fold")} | {"one weighted_sum": op}
         times = interleaved(cases, device, TINY_REPEATS)
-    torch.set_num_threads(threads)
     base = {"what": "tiny, 1 process", "dtype": "float32", "k": 2}
     return [compared(times, MOECOMM, "one weighted_sum") | base, compared(times, MOECOMM, "k_fold") | base]
 
