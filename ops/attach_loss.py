@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moecomm.ops.library import LIBRARY, define
 
@@ -39,7 +40,8 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, loss_gradient(grad.detach(), *ctx.arguments), None
+        shard = grad.to_local() if isinstance(grad, DTensor) else grad  # the loss is no DTensor, whatever x is
+        return grad, loss_gradient(shard.detach(), *ctx.arguments), None
 
 
 # An op, which the compiler traces into, forward and backward: Dynamo warns where it meets an autograd.Function itself.
