@@ -125,6 +125,7 @@ print((logging.getLogger().handlers, logging.getLogger().level) == before, [type
 """
 
 
+@pytest.mark.slow
 def test_importing_moecomm_configures_no_logging() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTED], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
