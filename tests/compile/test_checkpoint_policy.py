@@ -142,7 +142,7 @@ def train_here(compiled: bool) -> Run:
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_checkpointed_blocks_under_fsdp_train_as_one_process(compiled: bool) -> None:
-    expected = one_process.train(Sizes(), test_fsdp.STEPS)
+    expected = one_process.train(Sizes(), test_fsdp.STEPS, test_fsdp.CLIP)
     for run in run_ranks(train_here, 4, compiled, timeout=400):
         torch.testing.assert_close(run.losses, expected.losses, rtol=1e-10, atol=1e-12)  # float64: only the order of sums differs
         torch.testing.assert_close(run.parameters, expected.parameters, rtol=1e-8, atol=1e-10)
