@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
+from moecomm.ops.read_sizes import read_sizes
+from moecomm.ops.sizes import plan_sizes
+from moecomm.ops.starts import STARTS
+
 
 def save_received(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """The policy for `torch.utils.checkpoint.create_selective_checkpoint_contexts` that repeats no exchange and no host sync.
@@ -45,4 +49,4 @@ def _received(op: Any) -> bool:
         return False  # a higher-order op
     if op.namespace == "_c10d_functional":
         return not op._schema.is_mutable
-    return op.namespace == "moecomm" and op._opname.endswith(("_exchange", "_broadcast", "_sizes"))  # so they are named, and no others
+    return op in STARTS or op in (plan_sizes, read_sizes)

@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from moecomm import group
 from moecomm.ops import gather
+from moecomm.ops.read_sizes import read_sizes
+from moecomm.ops.sizes import plan_sizes
+from moecomm.ops.starts import STARTS
 
 # What waits for the device: ops whose result the host must know, or whose shape it must.
 READ_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "bincount"}
@@ -127,7 +130,7 @@ class Ops(TorchDispatchMode):
         kwargs = kwargs or {}
         name = op._opname
         own = op.namespace == "moecomm"
-        if own and name.endswith("_sizes"):
+        if op in (plan_sizes, read_sizes):
             self.read(name)
         elif not own and _reads(name, args, kwargs):
             self.read(name.removeprefix("_"))
@@ -136,8 +139,7 @@ class Ops(TorchDispatchMode):
             result = op(*args, **kwargs)
         finally:
             self.within = before
-        starts = own and name.endswith(("_exchange", "_broadcast"))
-        if starts or (op.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor"):
+        if op in STARTS or (op.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor"):
             self.collectives.append(Collective(name, _phase(), _received(op, args, result), _place()))
         return result
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from moecomm.ops.library import define
 
+STARTS: set[Any] = set()  # the ops that `define_start` defined
+
 
 def define_start(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
     """`define` for an op whose result is a tensor that is waited for."""
@@ -24,6 +26,7 @@ def define_start(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any],
         return fake(*args)
 
     op = define(schema, traced, cpu, cuda)
+    STARTS.add(op)
     return op
 
 
