@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import textwrap
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -13,13 +11,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import grouped_mm, silu
 
 import moecomm.functional as mf
+from tests.compile.graphs import keeping, text_of, unbacked
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -87,8 +84,7 @@ def compiled_here(dtype: torch.dtype) -> None:
     exchanges = 0 if dist.get_world_size() == 1 else 6  # and the counts' one, which is torch's own op
     for seed, (tokens, routing) in enumerate(CALLS):
         given = tokens_here(seed, tokens[dist.get_rank()], dtype, routing)
-        for tensor in given:
-            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        unbacked(*given)
         got = step(compiled, given, experts)
         with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
             again = step(compiled, given, experts)
@@ -114,8 +110,7 @@ def fifty_here(dtype: torch.dtype) -> None:
     for seed in range(50):
         tokens = 0 if seed % 4 == dist.get_rank() or seed == 13 else (7 * seed + 3 * dist.get_rank()) % 19
         given = tokens_here(seed, tokens, dtype, ["random", "random", "all to one", "all dropped", "random"][seed % 5])
-        for tensor in given:
-            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        unbacked(*given)
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
             got = step(compiled, given, experts)
         for one, want in zip(got, step(layer, given, experts), strict=True):
@@ -144,8 +139,7 @@ def ops_alone_here(dtype: torch.dtype) -> None:
     compiled = torch.compile(ops_alone, fullgraph=True)
     for seed, (tokens, routing) in enumerate(CALLS):
         given = tokens_here(seed, tokens[dist.get_rank()], dtype, routing)
-        for tensor in given:
-            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        unbacked(*given)
         for got, want in zip(step(compiled, given, ()), step(ops_alone, given, ()), strict=True):
             assert torch.equal(got, want)
 
@@ -208,41 +202,15 @@ def test_a_compiled_layer_refuses_what_the_eager_one_refuses() -> None:
     run_ranks(refused_here, 2, timeout=200)
 
 
-def text_of(graph: torch.fx.Graph) -> str:
-    """The graph as Python would write it, without the nodes that only reckon with sizes and assert them."""
-    lines = []
-    for node in graph.nodes:
-        if node.op == "placeholder" or (node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)):
-            continue
-        if node.op == "output":
-            lines += textwrap.wrap("return " + ", ".join(map(str, node.args[0])), 120, subsequent_indent="    ")
-            continue
-        name = node.target.name()
-        if name.startswith(("aten::_assert", "aten::sym_")):
-            continue
-        parts = {user.args[1]: user.name for user in node.users if user.target is operator.getitem}
-        results = [parts.get(i, "_") for i in range(len(node.target._schema.returns))] if parts else [node.name]
-        arguments = ["GROUP" if isinstance(argument, str) else str(argument) for argument in node.args]
-        lines.append(f"{', '.join(results)} = {name}({', '.join(arguments)})")
-    return "\n".join(lines)
-
-
 def graphs_here() -> tuple[str, str]:
     """The forward and backward graph of a layer, as the compiler gets them."""
     torch._dynamo.reset()
-    texts: list[str] = []
-
-    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        texts.append(text_of(module.graph))
-        return make_boxed_func(module.forward)
-
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    graphs: list[torch.fx.Graph] = []
+    compiled = torch.compile(layer, fullgraph=True, backend=keeping(graphs))
     given = tokens_here(0, 5 + dist.get_rank(), torch.bfloat16, "random")
-    for tensor in given:
-        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    unbacked(*given)
     step(compiled, given, parameters(torch.bfloat16))
-    forward, backward = texts
+    forward, backward = map(text_of, graphs)
     return forward, backward
 
 

@@ -133,6 +133,10 @@ def ends_of(fault: Callable[[str], None]) -> list[Ended]:
     return [Ended(*each, process.exitcode or 0) for each, process in zip(told, processes, strict=True)]
 
 
+def others(ends: list[Ended]) -> list[Ended]:
+    return ends[:FAULTY] + ends[FAULTY + 1 :]
+
+
 def assert_failed_in_time(end: Ended) -> None:
     """By an error of gloo's in the layer, after which the process ended by itself."""
     assert end.error is not None
@@ -147,7 +151,7 @@ def assert_failed_in_time(end: Ended) -> None:
 def test_a_rank_that_is_killed_in_its_experts_fails_the_others_in_the_groups_timeout(fault: Callable[[str], None]) -> None:
     ends = ends_of(fault)
     assert ends[FAULTY].exit_code == -signal.SIGKILL
-    for end in ends[:FAULTY] + ends[FAULTY + 1 :]:
+    for end in others(ends):
         assert_failed_in_time(end)
 
 
@@ -156,7 +160,7 @@ def test_a_rank_that_is_killed_in_its_experts_fails_the_others_in_the_groups_tim
 def test_a_rank_whose_experts_raise_ends_and_fails_the_others_in_the_groups_timeout(fault: Callable[[str], None]) -> None:
     ends = ends_of(fault)
     assert (ends[FAULTY].error, ends[FAULTY].exit_code) == ("ArithmeticError: in an expert", 0)
-    for end in ends[:FAULTY] + ends[FAULTY + 1 :]:
+    for end in others(ends):
         assert_failed_in_time(end)
 
 
@@ -164,10 +168,9 @@ def test_a_rank_whose_experts_raise_ends_and_fails_the_others_in_the_groups_time
 @pytest.mark.parametrize("fault", [hangs_forward, hangs_backward])
 def test_a_rank_that_does_not_come_fails_the_others_after_the_groups_timeout(fault: Callable[[str], None]) -> None:
     ends = ends_of(fault)
-    others = ends[:FAULTY] + ends[FAULTY + 1 :]
-    for end in others:
+    for end in others(ends):
         assert_failed_in_time(end)
-    assert min(end.seconds for end in others) > 0.9 * TIMEOUT
+    assert min(end.seconds for end in others(ends)) > 0.9 * TIMEOUT
 
 
 class Share(NamedTuple):

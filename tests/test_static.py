@@ -11,9 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.fx.experimental.symbolic_shapes import free_symbols
@@ -23,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 import moecomm.functional as mf
 from tests import reference
+from tests.compile.graphs import keeping, text_of
 from tests.ops.test_place import expected as places_by_loop
 from tests.spawn import run_ranks
-from tests.test_compile import text_of
 from tests.test_layer import UNITS, Case, D, H, grouped, loop, problem
 from tests.traffic import Traffic
 
@@ -232,15 +230,9 @@ def test_a_layer_forward_and_backward_takes_no_data_to_run_and_no_tensor_of_anot
 def compiled_here(backend: str) -> list[str]:
     """The graphs, forward and backward, once they have served many routings, each rank with its own number of tokens."""
     torch._dynamo.reset()
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(module)
-        return make_boxed_func(module.forward)
-
-    kept = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    graphs: list[torch.fx.Graph] = []
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor") if backend == "inductor" else None
-    compiled = torch.compile(layer, fullgraph=True, backend=counter or kept)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter or keeping(graphs))
     exchanges = 6 if dist.get_world_size() > 1 else 0
     tokens = 6 if backend == "inductor" else 6 - dist.get_rank()
     for seed in range(6):
@@ -257,9 +249,9 @@ def compiled_here(backend: str) -> list[str]:
         assert counter.frame_count == 1
         return []
     for graph in graphs:
-        for node in graph.graph.nodes:
+        for node in graph.nodes:
             assert not free_symbols([leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]), node
-    return [text_of(graph.graph) for graph in graphs]
+    return list(map(text_of, graphs))
 
 
 @pytest.mark.slow

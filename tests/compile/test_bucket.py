@@ -9,9 +9,7 @@ import expecttest
 import pytest
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import moecomm.functional as mf
@@ -19,8 +17,9 @@ from moecomm.compile.bucket import merge_exchanges
 from moecomm.compile.overlap import overlap_exchanges, reorder
 from moecomm.compile.passes import options
 from moecomm.ops import bucket
+from tests.compile.graphs import keeping, text_of, unbacked
 from tests.spawn import run_ranks
-from tests.test_compile import NUM_EXPERTS, layer, parameters, step, text_of, tokens_here
+from tests.test_compile import NUM_EXPERTS, layer, parameters, step, tokens_here
 
 OPS, TORCH = torch.ops.moecomm, torch.ops._c10d_functional
 
@@ -85,23 +84,18 @@ def tree(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) 
 def messages(function: Any, merged: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[int], list[str]]:
     """Results and gradients of the function compiled, the bytes of each message, and the graphs."""
     torch._dynamo.reset()
-    texts: list[str] = []
+    graphs: list[torch.fx.Graph] = []
 
-    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        if merged:
-            merge_exchanges(module.graph)
-            reorder(module.graph)
-            module.recompile()
-        texts.append(text_of(module.graph))
-        return make_boxed_func(module.forward)
+    def merge(graph: torch.fx.Graph) -> None:
+        merge_exchanges(graph)
+        reorder(graph)
 
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    backend = keeping(graphs, merge if merged else None)
     given = tokens_here(0, 5 + dist.get_rank(), dtype, "random")
-    for tensor in given:
-        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    unbacked(*given)
     with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
         results = step(torch.compile(function, fullgraph=True, backend=backend), given, parameters(dtype))
-    return results, [call.args[1].nbytes for call in exchange.call_args_list], texts
+    return results, [call.args[1].nbytes for call in exchange.call_args_list], list(map(text_of, graphs))
 
 
 def merged_here() -> list[str]:
@@ -182,8 +176,7 @@ return None, None, None, weighted_sum_2, None, view_7, _grouped_mm_4, _grouped_m
 
 def inductor_here() -> None:
     given, experts = tokens_here(0, 5 + dist.get_rank(), torch.bfloat16, "random"), parameters(torch.bfloat16)
-    for tensor in given:
-        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    unbacked(*given)
     torch._dynamo.reset()
     want = step(torch.compile(layer, fullgraph=True), given, experts)
     torch._dynamo.reset()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import expecttest
 import pytest
 import torch
-import torch._inductor.graph
 import torch.distributed as dist
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from moecomm.compile.chunks import in_two_chunks
 from moecomm.compile.overlap import overlap_exchanges
 from moecomm.compile.passes import options
+from tests.compile.graphs import unbacked
 from tests.compile.test_overlap import order_of_code
 from tests.spawn import run_ranks
 from tests.test_compile import layer, parameters, step, tokens_here
@@ -30,19 +29,19 @@ def test_tokens_must_be_as_many_in_each_tensor() -> None:
 
 def here() -> list[list[str]]:
     """Eager and compiled chunks beside the whole batch, whatever T; gives the order of the compiled code."""
-    torch._dynamo.reset()
-    codes: list[str] = []
     experts = parameters(torch.float32)
     compiled = torch.compile(chunked, fullgraph=True, options=options(overlap_exchanges))
-    with patch.object(torch._inductor.graph.GraphLowering, "save_output_code", codes.append):
+
+    def compare() -> None:
         for seed, tokens in enumerate(((5, 8), (0, 3), (1, 0), (1, 1), (0, 0), (7, 2))):
             given = tokens_here(seed, tokens[dist.get_rank()], torch.float32, "random")
-            for tensor in given:
-                torch._dynamo.decorators.mark_unbacked(tensor, 0)
+            unbacked(*given)
             want = step(layer, given, experts)
             for function in (chunked, compiled):
                 for one, right in zip(step(function, given, experts), want, strict=True):
                     torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
+
+    _, codes = run_and_get_code(compare)
     return [order_of_code(code) for code in codes]
 
 

@@ -14,6 +14,7 @@ from torch._inductor.utils import fresh_cache
 from torch.distributed.device_mesh import init_device_mesh
 
 import moecomm.functional as mf
+from tests.compile.graphs import unbacked
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -35,8 +36,7 @@ def keys_here() -> list[str]:
     x = torch.randn(tokens, 16, generator=generator, requires_grad=True)
     weights = torch.rand(tokens, 2, generator=generator, requires_grad=True)
     experts = torch.randint(0, 8, (tokens, 2), generator=generator)
-    for tensor in (x, weights, experts):
-        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    unbacked(x, weights, experts)
     with torch.distributed.config.patch(compile_on_one_rank=True), fresh_cache():
         torch.compile(layer, fullgraph=True)(x, experts, weights, mesh["ep"]).sum().backward()
         return sorted(entry.name for entry in (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "fxgraph").glob("*/*"))

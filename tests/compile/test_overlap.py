@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from unittest.mock import patch
 
 import expecttest
 import pytest
 import torch
-import torch._inductor.graph
 import torch.distributed as dist
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import silu
 
 from moecomm.compile.overlap import overlap_exchanges, reorder
 from moecomm.compile.passes import options
+from tests.compile.graphs import keeping, text_of, unbacked
 from tests.spawn import run_ranks
-from tests.test_compile import D, H, layer, parameters, step, text_of, tokens_here
+from tests.test_compile import D, H, layer, parameters, step, tokens_here
 
 T, S = 64, 96
 OPS, TORCH = torch.ops.moecomm, torch.ops._c10d_functional
@@ -169,14 +167,10 @@ def inductor_here() -> tuple[list[str], list[str], int]:
     """Compiled with the pass and without: equal to the bit; gives the order of the code, and how often a user's own pass ran."""
     seen: list[torch.fx.Graph] = []
     given, experts = tokens_here(0, 5 + dist.get_rank(), torch.bfloat16, "random"), (*parameters(torch.bfloat16), *shared())
-    for tensor in given:
-        torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    unbacked(*given)
     want = step(block, given, experts)
-    torch._dynamo.reset()
-    codes: list[str] = []
-    with patch.object(torch._inductor.graph.GraphLowering, "save_output_code", codes.append):
-        compiled = torch.compile(block, fullgraph=True, options=options(overlap_exchanges, seen.append))
-        got, again = step(compiled, given, experts), step(compiled, given, experts)
+    compiled = torch.compile(block, fullgraph=True, options=options(overlap_exchanges, seen.append))
+    (got, again), codes = run_and_get_code(lambda: [step(compiled, given, experts) for _ in range(2)])
     for one, other, right in zip(got, again, want, strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, right, rtol=0, atol=8 * torch.finfo(one.dtype).eps * max(1.0, right.abs().max().item()))
@@ -238,24 +232,19 @@ weighted_sum""",
 def graphs_here() -> list[str]:
     """The forward and backward graph of the block after the pass."""
     torch._dynamo.reset()
-    texts: list[str] = []
-
-    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        reorder(module.graph)
-        inputs_seen: dict[str, str] = {}  # versions of torch number them differently: here by their first use
-        name = lambda match: inputs_seen.setdefault(match[0], f"input_{len(inputs_seen) + 1}")  # noqa: E731
-        texts.append(re.sub(r"primals_\d+", name, text_of(module.graph)))
-        module.recompile()
-        return make_boxed_func(module.forward)
-
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    graphs: list[torch.fx.Graph] = []
     given, experts = tokens_here(0, 5 + dist.get_rank(), torch.bfloat16, "random"), (*parameters(torch.bfloat16), *shared())
-    for tensor in given:
-        torch._dynamo.decorators.mark_unbacked(tensor, 0)
-    got = step(torch.compile(block, fullgraph=True, backend=backend), given, experts)
+    unbacked(*given)
+    got = step(torch.compile(block, fullgraph=True, backend=keeping(graphs, reorder)), given, experts)
     for one, right in zip(got, step(block, given, experts), strict=True):
         assert torch.equal(one, right)
-    return texts
+    return [with_inputs_numbered(text_of(graph)) for graph in graphs]
+
+
+def with_inputs_numbered(text: str) -> str:
+    """By their first use: versions of torch number them differently."""
+    seen: dict[str, str] = {}
+    return re.sub(r"primals_\d+", lambda match: seen.setdefault(match[0], f"input_{len(seen) + 1}"), text)
 
 
 @pytest.mark.slow
