@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from moecomm.ops.exchange import return_exchange, start, wait
+from moecomm.ops.exchange import start, wait
 from moecomm.ops.library import LIBRARY, define
+from moecomm.ops.pairs import home
 from moecomm.ops.starts import define_start
-from moecomm.ops.weighted_sum import weighted_sum
 
 SEND = (
     "slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, Tensor? splits, SymInt received, str group) "
@@ -93,11 +92,8 @@ class _ExchangeSlots(torch.autograd.Function):
         return there, ids
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        order, position, splits = ctx.saved_tensors
-        home = wait(return_exchange(grad, splits, order.shape[0], ctx.group))  # [S, K]
-        return weighted_sum(home, None, order, position), *(None,) * 8
+        return home(grad, *ctx.saved_tensors, grad.shape[0], ctx.group), *(None,) * 8
 
 
 def _exchange_slots(*args: Any) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,17 @@ def guarded(function: Callable[..., Any], *args: Any) -> Any:
     return out
 
 
+def gradient_of(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of the sum of the cubes of what ``function`` gives, in its arguments, differentiable themselves."""
+
+    def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+            return torch.autograd.grad((function(*leaves) ** 3).sum(), leaves, create_graph=True)
+
+    return gradients
+
+
 def check_gradients_across_ranks(function: Callable[..., Any], *inputs: Tensor, seed: int = 0) -> None:
     """On every rank of the default group: the gradients of ``function`` are those of the sum, over all ranks, of <cotangent, output>.
 
