@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from moecomm.ops.library import block_of, compute_dtype, define, differentiable, jit, tl
 from moecomm.ops.weighted_sum_backward import weighted_sum_backward
@@ -27,12 +27,14 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
     if rows.numel() == 0 or m == 0:
         return rows.new_zeros(m, rows.shape[1])
     present = position >= 0
-    ends = present.sum(1, dtype=torch.int32).cumsum_(0, dtype=torch.int32)
-    starts = torch.nn.functional.pad(ends, (1, 0))
-    bags = position.masked_select(present)  # the rows of token 0, then those of token 1, ...
+    bags, exact = position.flatten(), None if weights is None else weights.flatten()  # of token 0, then of token 1, ...
+    if present.all():
+        starts = torch.arange(0, m * k + 1, k, dtype=torch.int32, device=position.device)
+    else:
+        starts = pad(present.sum(1, dtype=torch.int32).cumsum_(0, dtype=torch.int32), (1, 0))
+        bags, exact = position.masked_select(present), None if weights is None else weights.masked_select(present)
     factors = None
-    if weights is not None:
-        exact = weights.masked_select(present)
+    if exact is not None and weights is not None:
         factors = exact.to(rows.dtype)  # embedding_bag takes no others
         if rows.dtype.itemsize < 4 and weights.dtype != rows.dtype:
             # What rounding took off the weight follows as one more entry of the bag, with the same row, which is in the cache by now.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moecomm.ops.library import block_of, compute_dtype, define, differentiable, jit, tl
 
+STEP = 2**20  # elements that the CPU takes at a time, while they are in the cache
 SCHEMA = "weighted_sum_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, Tensor position) -> (Tensor, Tensor)"
 
 
@@ -21,7 +22,6 @@ def backward_fake(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, po
 
 
 def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    k = position.shape[1]
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     if order.shape[0] == 0 or rows.shape[1] == 0:
         return rows.new_zeros(rows.shape), grad_weights
@@ -30,19 +30,39 @@ def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, pos
         grad_rows = rows.new_zeros(rows.shape)
         grad_rows[present], grad_weights = backward_cpu(grad, rows[present], weights, order[present], position)
         return grad_rows, grad_weights
-    grad_rows = grad.index_select(0, order if k == 1 else torch.div(order, k, rounding_mode="floor"))  # [N, D]
-    pairs = order.long()
-    accumulate = torch.promote_types(rows.dtype, torch.float32)
-    dots = rows.new_empty(order.shape[0], dtype=accumulate)
-    factors = weights.flatten().index_select(0, pairs).to(accumulate).unsqueeze(1)  # [N, 1]
-    step = max(1, 2**18 // rows.shape[1])  # rows a step: both operands stay in the cache
+    pairs = order.long()  # [N]; index_select with int64 is a tenth faster than with int32
+    source = torch.div(pairs, position.shape[1], rounding_mode="floor")
+    factors = weights.flatten().index_select(0, pairs).unsqueeze(1)  # [N, 1]
+    dots = rows.new_empty(order.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32))
+    in_place = rows.dtype.itemsize >= 4  # below, to multiply by float32 is slow, and to do so as weighted_sum does is not
+    step = max(1, STEP // rows.shape[1])  # rows a step
+    copies = rows.new_empty(rows.shape if in_place else (min(step, rows.shape[0]), rows.shape[1]))
     for start in range(0, order.shape[0], step):
         part = slice(start, start + step)
-        here = grad_rows[part]
-        torch.sum(here.to(accumulate) * rows[part], 1, out=dots[part])
-        torch.mul(here, factors[part], out=here)
+        here = copies[part] if in_place else copies[: rows[part].shape[0]]
+        torch.index_select(grad, 0, source[part], out=here)
+        dots[part] = row_dots(rows[part], here)
+        if in_place:
+            here.mul_(factors[part].to(rows.dtype))
     grad_weights.view(-1).index_copy_(0, pairs, dots.to(weights.dtype))
-    return grad_rows, grad_weights
+    if in_place:
+        return copies, grad_weights
+    from moecomm.ops.weighted_sum import weighted_sum_cpu  # whose backward this file is
+
+    return weighted_sum_cpu(grad, factors, order, source.to(torch.int32).unsqueeze(1)), grad_weights
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """[n]: a[i] . b[i], in float32 for lower precisions: what the gradient of a group norm's gamma is, of one group and n channels.
+
+    It is the one call of ATen that reads each row once, as it is, and sums in float32 (torch 2.13): for bfloat16 rows of 1024 0.9 of the
+    time of a copy, where `(a.float() * b).sum(1)` takes 5, and a dot product of embedding_bag's backward 0.75 but rounds to bfloat16.
+    """
+    n, d = a.shape
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    mean, scale, gamma = a.new_zeros(1, 1, dtype=dtype), a.new_ones(1, 1, dtype=dtype), a.new_ones(n, dtype=dtype)
+    a, b = a.contiguous(), b.contiguous()  # it takes them to be so
+    return torch.ops.aten.native_group_norm_backward(a, b, mean, scale, gamma, 1, n, d, 1, [False, True, False])[1]
 
 
 @jit
