@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -47,6 +49,26 @@ def check_floating(argument: str, value: torch.Tensor) -> None:
     """Raise unless ``value`` has a floating dtype."""
     if not value.dtype.is_floating_point:
         wrong_type(argument, f"of dtype {value.dtype}", "of a floating dtype")
+
+
+def check_reverse_mode(function: str, tensors: Iterable[object]) -> None:
+    """Raise where `torch.func` or forward-mode differentiation would differentiate ``function``, which has a reverse mode alone.
+
+    Torch itself says nothing where a custom op has no forward mode: the tangents are lost (2.13).
+    """
+    if torch.compiler.is_compiling():
+        return
+    must = "outside: torch.autograd.grad and backward differentiate it, as many times as you like"
+    transforms = [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    for transform in transforms:
+        if transform in ("Grad", "Jvp"):
+            raise NotImplementedError(f"{function} was called inside a {transform} transform of torch.func; it must be called {must}")
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    f"{function} was called with a dual tensor of forward-mode differentiation; it must be called {must}"
+                )
 
 
 def differ(size: int, other: int) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moecomm.dtensor import make_layout, to_local
-from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.log import log_plan
 from moecomm.ops.count import count
@@ -105,10 +105,10 @@ def plan(
 
     Backward: from the plan's weights to ``weights``, in one exchange.
 
-    Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent; `MoECommError`, alike on
-    every rank, where the ranks differ in K, E, a dtype, ``like`` or ``placement``, or have more than 2^31 - 256 slots together, which int32
-    indices cannot number; `ExpertIdError` (a ValueError as well), alike on every rank, where an id is outside [-1, E) on any of them. In
-    static mode the last two are not raised, and it is T * K and P * C * K that are bounded.
+    Raises TypeError or ValueError for an argument that is wrong on this rank, and NotImplementedError where `dispatch` does, before
+    anything is sent; `MoECommError`, alike on every rank, where the ranks differ in K, E, a dtype, ``like`` or ``placement``, or have more
+    than 2^31 - 256 slots together, which int32 indices cannot number; `ExpertIdError` (a ValueError as well), alike on every rank, where an
+    id is outside [-1, E) on any of them. In static mode the last two are not raised, and it is T * K and P * C * K that are bounded.
 
     The logger "moecomm" gets a line with the sizes at level DEBUG; code that torch.compile traced logs nothing.
 
@@ -132,6 +132,7 @@ def plan(
     >>> combine(rows, a_plan)
     tensor([20., 11.,  0.])
     """
+    check_reverse_mode("plan", (weights,))
     ranks = resolve_group(group)
     layout = make_layout(experts, weights, like, ranks)
     if layout is not None:

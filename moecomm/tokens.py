@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moecomm.dtensor import check_rows, hidden_groups, placed, shard_of
-from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
 from moecomm.ops import tokens as ops
 from moecomm.ops.gather import gather
 from moecomm.ops.sums import sum_gradient
@@ -34,10 +34,12 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
     order of the source rank, then of the token. Each tensor is one exchange. For a DTensor too it is a plain tensor, of this rank's
     slice of the hidden dims: how many rows each rank has is its own affair, which no DTensor can say.
 
-    Backward: the unweighted combine: the gradient of a token is the sum of the gradients of its rows, in one exchange.
+    Backward: the unweighted combine: the gradient of a token is the sum of the gradients of its rows, in one exchange. That can be
+    differentiated again, on all ranks alike. There is no forward mode.
 
     Raises TypeError where a leaf of ``x`` is no tensor or ``plan`` is no `Plan`, ValueError where one is not of the plan's T tokens or
-    not on its device, or a DTensor that is placed otherwise than the plan's; before anything is sent.
+    not on its device, or a DTensor that is placed otherwise than the plan's, NotImplementedError inside torch.func's transforms that
+    differentiate and for dual tensors; before anything is sent.
 
     >>> a_plan = plan(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), num_experts=2)
     >>> dispatch({"x": torch.tensor([[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]]), "position": torch.arange(3)}, a_plan)
@@ -46,6 +48,7 @@ def dispatch(x: Tree, plan: Plan) -> Tree:
             [3.0000, 3.5000]]), 'position': tensor([1, 0, 2])}
     """
     _check_plan(plan)
+    check_reverse_mode("dispatch", tree_leaves(x))
     x = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
     for leaf in tree_leaves(x):  # all of them, before the first is sent
         _check_leaf("x", leaf, plan, plan.tokens, "T")
@@ -70,9 +73,10 @@ def combine(rows: Tree, plan: Plan) -> Tree:
 
     Backward: to the rows, the dispatch of the gradient, weighted; to the plan's weights, the dot product of the gradient and the row.
     One exchange; and where the rows are slices of the hidden dim, an all-to-all and an all-gather of R * K numbers, for the slices' sum.
+    That can be differentiated again, on all ranks alike. There is no forward mode.
 
     Raises TypeError where a leaf of ``rows`` is no tensor or not of a floating dtype, or ``plan`` is no `Plan`; ValueError where one has
-    not the plan's N rows, is not on its device or is a DTensor; before anything is sent.
+    not the plan's N rows, is not on its device or is a DTensor; NotImplementedError as `dispatch` does; before anything is sent.
 
     >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
     >>> a_plan = plan(torch.tensor([[0, 1], [1, -1]]), weights, num_experts=2)
@@ -81,6 +85,7 @@ def combine(rows: Tree, plan: Plan) -> Tree:
             [8.]])
     """
     _check_plan(plan)
+    check_reverse_mode("combine", [plan.weights, *tree_leaves(rows)])
     for leaf in tree_leaves(rows):  # all of them, before the first is sent
         _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
         check_floating("rows", leaf)
