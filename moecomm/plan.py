@@ -167,7 +167,8 @@ def _dynamic_plan(
         return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, ranks.name)
 
     pairs = [1] * ranks.size
-    received = wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, ranks.name))
+    started = torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, ranks.name)
+    received = wait(started, "the counts of plan (forward)", ranks.name)
     s, r, n, splits = plan_sizes(sent, received)
     send_order, send_position, _ = counting_sort(keys, ranks.size, s)
     there, ids = exchange_slots(weights, places, keys, send_order, send_position, local, splits, r, ranks.name)  # [R, K] each

@@ -37,7 +37,8 @@ def rows_fake(rows: list[Tensor], splits: Tensor | None, size: int, direction: i
 
 
 def rows(rows: list[Tensor], splits: Tensor | None, size: int, direction: int, group: str) -> Tensor:
-    return start(torch.cat([_as_words(each) for each in rows], 1), size, splits, direction, group)
+    what = "what several exchanges bring home" if direction else "what several exchanges bring to the experts"
+    return start(torch.cat([_as_words(each) for each in rows], 1), size, splits, direction, group, what)
 
 
 def _as_words(rows: Tensor) -> Tensor:

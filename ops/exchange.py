@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecomm.group import process_group
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
-from moecomm.ops.starts import define_start
+from moecomm.ops.starts import add_note, define_start, in_backward, register
 from moecomm.ops.weighted_sum import weighted_sum_cpu, weighted_sum_triton
 
 DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor? splits, SymInt received, str group) -> Tensor"
@@ -22,17 +22,22 @@ COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor p
 RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) -> Tensor"
 
 
-def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group: str) -> Tensor:
+def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group: str, what: str = "rows") -> Tensor:
     """Start the exchange of the rows of ``send``: the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S.
 
-    Without ``splits`` as many rows go to each rank and come from it.
+    Without ``splits`` as many rows go to each rank and come from it. ``what`` is what an error says of them.
     """
-    received = send.new_empty(size, *send.shape[1:])
+    try:
+        received = send.new_empty(size, *send.shape[1:])
+    except RuntimeError as error:
+        error.add_note(f"moecomm: no memory for {what}; nothing was sent: the others wait until this rank ends, or the group's timeout")
+        raise
     if send.shape[1:].numel() == 0:
         return received  # no bytes on any rank
     out, into = (None, None) if splits is None else (splits[direction].tolist(), splits[1 - direction].tolist())  # a CPU tensor: no sync
-    work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=process_group(group), async_op=True)
-    torch._C._distributed_c10d._register_work(received, work)
+    ranks = process_group(group)
+    work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=ranks, async_op=True)
+    register(received, work, what, ranks)
     return received
 
 
@@ -41,21 +46,30 @@ def _bytes(rows: Tensor) -> Tensor:
     return rows.view(rows.shape[0], -1).view(torch.uint8) if rows.shape[0] else rows.new_empty(0, dtype=torch.uint8)
 
 
-def wait(pending: Tensor) -> Tensor:
-    """What a started exchange brought."""
-    return torch.ops._c10d_functional.wait_tensor(pending)
+def wait(pending: Tensor, what: str = "", group: str = "") -> Tensor:
+    """What a started exchange brought; of one that torch started, an error in eager mode says ``what`` was waited for."""
+    try:
+        return torch.ops._c10d_functional.wait_tensor(pending)
+    except RuntimeError as error:
+        if what:
+            add_note(error, what, process_group(group))
+        raise
 
 
 def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
     return x.new_empty(received, x.shape[1])
 
 
+def _dispatched() -> str:
+    return "the gradients of combine, or the tokens of a dispatch that is repeated" if in_backward() else "the tokens of dispatch"
+
+
 def dispatch_cpu(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
-    return start(gather_rows_cpu(x, order, k), received, splits, 0, group)
+    return start(gather_rows_cpu(x, order, k), received, splits, 0, group, _dispatched())
 
 
 def dispatch_triton(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
-    return start(gather_rows_triton(x, order, k), received, splits, 0, group)
+    return start(gather_rows_triton(x, order, k), received, splits, 0, group, _dispatched())
 
 
 def combine_fake(
@@ -64,16 +78,20 @@ def combine_fake(
     return rows.new_empty(pairs, rows.shape[1])
 
 
+def _combined(weights: Tensor | None) -> str:
+    return "the gradients of dispatch" if weights is None else "the experts' rows of combine"
+
+
 def combine_cpu(
     rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor | None, pairs: int, group: str
 ) -> Tensor:
-    return start(weighted_sum_cpu(rows, weights, order, position), pairs, splits, 1, group)
+    return start(weighted_sum_cpu(rows, weights, order, position), pairs, splits, 1, group, _combined(weights))
 
 
 def combine_triton(
     rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor, splits: Tensor | None, pairs: int, group: str
 ) -> Tensor:
-    return start(weighted_sum_triton(rows, weights, order, position), pairs, splits, 1, group)
+    return start(weighted_sum_triton(rows, weights, order, position), pairs, splits, 1, group, _combined(weights))
 
 
 def return_fake(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> Tensor:
@@ -81,7 +99,7 @@ def return_fake(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> 
 
 
 def return_rows(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> Tensor:
-    return start(rows.clone(memory_format=torch.contiguous_format), pairs, splits, 1, group)
+    return start(rows.clone(memory_format=torch.contiguous_format), pairs, splits, 1, group, "the gradients of plan's weights")
 
 
 dispatch_exchange = define_start(DISPATCH, dispatch_fake, dispatch_cpu, dispatch_triton)

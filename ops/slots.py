@@ -63,7 +63,8 @@ def message(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local
 def send(
     experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor | None, received: int, group: str
 ) -> Tensor:
-    return start(message(experts, weights, keys, order, local, splits is None), received, splits, 0, group)  # equal splits have padding
+    sent = message(experts, weights, keys, order, local, splits is None)  # equal splits have padding
+    return start(sent, received, splits, 0, group, "the experts and weights of plan")
 
 
 def unpack_fake(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""define_start: an op that starts an exchange, and is known to Inductor as what it is.
+"""define_start: an op that starts an exchange, and is known to Inductor as what it is. register: what it started, to be waited for.
 
 Inductor orders kernels anew to save memory, by sizes that may differ from rank to rank. Torch's own collectives stay in the graph's order,
 the same on every rank, and it knows no others (2.13). Exchanges that do not depend on each other, such as those of two layers side by
@@ -10,6 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PythonCallbackWork
 
 from moecomm.ops.library import define
 
@@ -28,6 +33,33 @@ def define_start(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any],
     op = define(schema, traced, cpu, cuda)
     STARTS.add(op)
     return op
+
+
+def register(pending: Tensor, work: dist.Work, what: str, group: dist.ProcessGroup) -> None:
+    """Let torch's ``wait_tensor`` wait for ``work``, which brings ``pending``: an error of it says what was waited for, and by whom.
+
+    That holds wherever it is waited for: by eager code, by autograd or by a compiled graph, which has no frame of moecomm's left.
+    """
+    direction = "backward" if in_backward() else "forward"  # the pass that started it
+
+    def wait(_: object) -> bool:
+        try:
+            return work.wait()
+        except RuntimeError as error:
+            add_note(error, f"{what} ({direction})", group)
+            raise
+
+    torch._C._distributed_c10d._register_work(pending, PythonCallbackWork(wait))
+
+
+def in_backward() -> bool:
+    """Whether autograd runs this: a backward, eager or compiled, or what a checkpoint computes again for one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def add_note(error: BaseException, what: str, group: dist.ProcessGroup) -> None:
+    """Say in an error's traceback, whose type and text stay, what this rank was waiting for."""
+    error.add_note(f"moecomm: while waiting for {what}, as rank {group.rank()} of the {group.size()} of group {group.group_name!r}")
 
 
 def _lower_as_collective(op: Any) -> None:

@@ -18,7 +18,7 @@ from moecomm.group import process_group
 from moecomm.ops.library import LIBRARY, define
 from moecomm.ops.rank_sum import rank_sum
 from moecomm.ops.slice import all_gathered, chunk_size, funcol, start_all_gather
-from moecomm.ops.starts import define_start
+from moecomm.ops.starts import define_start, register
 
 START = "start_broadcast(Tensor[] tensors, int src, str group) -> Tensor"
 SPLIT = "split_copy(Tensor flat, SymInt[] sizes) -> Tensor[]"
@@ -37,7 +37,7 @@ def start_broadcast_here(tensors: Sequence[Tensor], src: int, group: str) -> Ten
     if flat.numel():
         message = flat.view(torch.uint8)  # gloo sends bytes, but not every dtype
         work = dist.broadcast(message, group=ranks, group_src=src, async_op=True)
-        torch._C._distributed_c10d._register_work(flat, work)
+        register(flat, work, f"the parameters of rank {src}", ranks)
     return flat
 
 
