@@ -12,7 +12,7 @@ from moecomm.dtensor import make_layout, to_local
 from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.log import log_plan
-from moecomm.ops.count import count
+from moecomm.ops.count import count, rank_keys
 from moecomm.ops.exchange import wait
 from moecomm.ops.fit import fit
 from moecomm.ops.place import place, placement_table
@@ -187,7 +187,7 @@ def _static_plan(
     if guard_or_false(pairs * k > MOST):
         must = f"at most {MOST // (group.size * k)}, as int32 indices number the slots of all {group.size} ranks"
         wrong_value("max_rows", max_rows, must)
-    keys, _ = count(experts, num_experts, group.size, [], placed)  # [T, K]
+    keys = rank_keys(experts, num_experts, group.size, placed)  # [T, K]
     send_order, send_position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
     fits, dropped = fit(experts, places, send_position, local)  # [T, K]
     n = pairs * min(k, local)

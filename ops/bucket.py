@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from moecomm.ops.exchange import start
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.library import define
-from moecomm.ops.slots import message, message_fake
+from moecomm.ops.slots import message_cpu, message_fake, message_triton
 from moecomm.ops.starts import define_start
 
 MESSAGE = "slots_message(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, bool padded) -> Tensor"
@@ -58,7 +58,7 @@ def take(message: Tensor, words: int, width: int, dtype: torch.dtype) -> Tensor:
     return (data if size == data.shape[1] else data[:, :size].clone(memory_format=torch.contiguous_format)).view(dtype)
 
 
-slots_message = define(MESSAGE, message_fake, message, message)
+slots_message = define(MESSAGE, message_fake, message_cpu, message_triton)
 gather_pairs = define(GATHER, gather_pairs_fake, gather_rows_cpu, gather_rows_triton)
 rows_exchange = define_start(ROWS, rows_fake, rows, rows)
 take_rows = define(TAKE, take_fake, take, take)

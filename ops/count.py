@@ -1,7 +1,8 @@
 """keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, T, signature).
 
 Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 5 + signature] numbers, whatever E is. Expert e is on
-rank e // (E / P), or each slot on the rank that ``placed`` says, [T, K] int32 as `place` gives them: one more read.
+rank e // (E / P), or each slot on the rank that ``placed`` says, [T, K] int32 as `place` gives them: one more read. `rank_keys` gives the
+keys alone.
 Integers only: no backward.
 """
 
@@ -9,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moecomm.ops.library import define, jit, tl
 
 PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, SIGNATURE = 0, 1, 2, 3, 4, 5  # the columns of a message; the signature takes the rest
+TOKENS_A_BLOCK = 32  # of a kernel
+KEYS = "rank_keys(Tensor experts, int num_experts, int ranks, Tensor? placed=None) -> Tensor"
 SCHEMA = "count(Tensor experts, int num_experts, int ranks, SymInt[] signature, Tensor? placed=None) -> (Tensor, Tensor)"
 
 
@@ -26,57 +30,56 @@ def count_fake(
     return keys, message
 
 
+def keys_fake(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None = None) -> Tensor:
+    return torch.empty(experts.shape, dtype=torch.int32, device=experts.device)  # [T, K]
+
+
 def count_cpu(
     experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    lowest, highest = (int(bound) for bound in experts.aminmax()) if experts.numel() else (-1, -1)
-    if placed is None:
-        rank = _contiguous(experts, num_experts, num_experts // ranks, lowest, highest)
-    else:
-        rank = placed.clone(memory_format=torch.contiguous_format)  # an op may not give back its input, as it would where K = 1
-    slots = torch.bincount(rank.flatten() + 1, minlength=ranks + 1)[1:]
-    keys, pairs = rank, slots
-    if experts.shape[1] > 1:
-        same = rank.unsqueeze(2) == rank.unsqueeze(1)  # [T, K, K]
-        keys = torch.where(same.tril_(-1).any(2), -1, rank)
-        pairs = torch.bincount(keys.flatten() + 1, minlength=ranks + 1)[1:]
-    message = torch.tensor([[0, 0, lowest, highest, experts.shape[0], *signature]], device=experts.device).repeat(ranks, 1)
-    message[:, PAIRS] = pairs
-    message[:, SLOTS] = slots
+    keys, message = count_fake(experts, num_experts, ranks, signature, placed)
+    rank, first, lowest, highest = _ranks(experts, num_experts, ranks, placed)
+    keys.numpy()[:] = first.T
+    header = message.numpy()
+    header[:] = [0, 0, lowest, highest, experts.shape[0], *signature]
+    header[:, PAIRS] = np.bincount(first.ravel() + 1, minlength=ranks + 1)[1:]
+    header[:, SLOTS] = np.bincount(rank.ravel() + 1, minlength=ranks + 1)[1:]
     return keys, message
 
 
-def _contiguous(experts: Tensor, num_experts: int, local: int, lowest: int, highest: int) -> Tensor:
-    """The rank of each slot where rank p holds experts p * local to (p + 1) * local - 1, -1 where the id is out of range."""
-    rank = experts.to(torch.int32)  # [T, K]
-    if lowest < 0:
-        rank = torch.where(experts < 0, -local, rank)
-    if highest >= num_experts:  # a wrong id is reported, not followed; compared only where experts' dtype can hold num_experts
-        rank = torch.where(experts >= num_experts, -local, rank)
-    return torch.div(rank, local, rounding_mode="floor")
+def keys_cpu(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None = None) -> Tensor:
+    keys = keys_fake(experts, num_experts, ranks, placed)
+    keys.numpy()[:] = _ranks(experts, num_experts, ranks, placed)[1].T
+    return keys
 
 
-@jit
-def _header_kernel(message, width, header):
-    row = message + tl.program_id(0) * width
-    for i in tl.static_range(len(header)):
-        tl.store(row + i, header[i])
+def _ranks(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """(rank of each slot [K, T], the same at a token's first slot for a rank and -1 elsewhere, lowest id, highest id)."""
+    ids = experts.numpy().T.astype(np.int64)  # [K, T]; any dtype of ids can be compared with num_experts now
+    lowest, highest = (int(ids.min()), int(ids.max())) if ids.size else (-1, -1)
+    if placed is not None:
+        rank = placed.numpy().T.astype(np.int64)
+    else:
+        rank = ids // (num_experts // ranks)
+        if lowest < 0 or highest >= num_experts:  # a wrong id is reported, not followed
+            rank[(ids < 0) | (ids >= num_experts)] = -1
+    rank = np.ascontiguousarray(rank)
+    first = rank.copy()
+    for j in range(1, rank.shape[0]):
+        first[j, (rank[:j] == rank[j]).any(0)] = -1
+    return rank, first, lowest, highest
 
 
 @jit
 def _count_kernel(
-    experts, placed, keys, message, tokens, num_experts, local, ranks, width, stride_t, stride_k,
-    PLACED: tl.constexpr, SLOTS_A_TOKEN: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    experts, placed, keys, counts, tokens, num_experts, local, ranks, stride_t, stride_k,
+    PLACED: tl.constexpr, COUNTED: tl.constexpr, SLOTS_A_TOKEN: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, K)
     inside = (t < tokens)[:, None] & (j < SLOTS_A_TOKEN)[None, :]
     ids = tl.load(experts + t.to(tl.int64)[:, None] * stride_t + j[None, :] * stride_k, mask=inside, other=0).to(tl.int64)  # [BLOCK, K]
     ids = tl.where(inside, ids, -1)  # once it is an int64: there is no -1 among unsigned ids
-    lowest = tl.min(tl.min(tl.where(inside, ids, num_experts), axis=1), axis=0)
-    highest = tl.max(tl.max(ids, axis=1), axis=0)
-    tl.atomic_min(message + 2, lowest)
-    tl.atomic_max(message + 3, highest)
     slot = t.to(tl.int64)[:, None] * SLOTS_A_TOKEN + j[None, :]
     if PLACED:
         rank = tl.load(placed + slot, mask=inside, other=-1).to(tl.int64)
@@ -86,29 +89,64 @@ def _count_kernel(
     repeated = tl.max(((rank[:, :, None] == rank[:, None, :]) & earlier).to(tl.int32), axis=2) > 0
     first = tl.where(repeated, -1, rank)
     tl.store(keys + slot, first.to(tl.int32), mask=inside)
-    for p in range(ranks):  # integer sums: the order of the atomics does not show
-        tl.atomic_add(message + p * width, tl.sum(tl.sum((first == p).to(tl.int64), axis=1), axis=0))
-        tl.atomic_add(message + p * width + 1, tl.sum(tl.sum((rank == p).to(tl.int64), axis=1), axis=0))
+    if COUNTED:
+        row = counts + tl.program_id(0).to(tl.int64) * (2 * ranks + 2)
+        tl.store(row, tl.min(tl.min(tl.where(inside, ids, num_experts), axis=1), axis=0))
+        tl.store(row + 1, tl.max(tl.max(ids, axis=1), axis=0))
+        for p in range(ranks):
+            tl.store(row + 2 + 2 * p, tl.sum(tl.sum((first == p).to(tl.int64), axis=1), axis=0))
+            tl.store(row + 3 + 2 * p, tl.sum(tl.sum((rank == p).to(tl.int64), axis=1), axis=0))
+
+
+@jit
+def _message_kernel(counts, message, blocks, num_experts, ranks, tail, BLOCK: tl.constexpr):
+    """The message to a rank: the sums over the blocks of tokens, and what is the same to all ranks."""
+    p = tl.program_id(0)
+    pairs, slots = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    lowest, highest = tl.zeros([BLOCK], tl.int64) + num_experts, tl.zeros([BLOCK], tl.int64) - 1
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        row, inside = counts + block.to(tl.int64) * (2 * ranks + 2), block < blocks
+        lowest = tl.minimum(lowest, tl.load(row, mask=inside, other=num_experts))
+        highest = tl.maximum(highest, tl.load(row + 1, mask=inside, other=-1))
+        pairs += tl.load(row + 2 + 2 * p, mask=inside, other=0)
+        slots += tl.load(row + 3 + 2 * p, mask=inside, other=0)
+    out = message + p * (4 + len(tail))
+    tl.store(out, tl.sum(pairs, axis=0))
+    tl.store(out + 1, tl.sum(slots, axis=0))
+    tl.store(out + 2, tl.where(blocks == 0, -1, tl.min(lowest, axis=0)))
+    tl.store(out + 3, tl.max(highest, axis=0))
+    for i in tl.static_range(len(tail)):
+        tl.store(out + 4 + i, tail[i])
 
 
 def count_triton(
     experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    tokens, k = experts.shape
-    keys = torch.empty((tokens, k), dtype=torch.int32, device=experts.device)
-    empty = experts.numel() == 0
-    header = (0, 0, -1 if empty else num_experts, -1, tokens, *signature)
-    message = torch.empty(ranks, len(header), dtype=torch.int64, device=experts.device)
-    _header_kernel[(ranks,)](message, len(header), header)  # a kernel: a copy of the numbers from the host would wait for the device
-    if not empty:
-        block = 32
-        _count_kernel[(-(-tokens // block),)](
-            experts, keys if placed is None else placed.contiguous(), keys, message, tokens, num_experts, num_experts // ranks, ranks,
-            message.shape[1], *experts.stride(), PLACED=placed is not None,
-            SLOTS_A_TOKEN=k, K=1 << (k - 1).bit_length(), BLOCK=block,
-        )  # fmt: skip
-        message[1:, LOWEST : HIGHEST + 1] = message[0, LOWEST : HIGHEST + 1]
+    keys, message = count_fake(experts, num_experts, ranks, signature, placed)
+    blocks = -(-experts.shape[0] // TOKENS_A_BLOCK)
+    counts = torch.empty(blocks, 2 * ranks + 2, dtype=torch.int64, device=experts.device)
+    _launch(experts, num_experts, ranks, placed, keys, counts)
+    tail = (experts.shape[0], *signature)  # arguments of a kernel: a copy of the numbers from the host would wait for the device
+    _message_kernel[(ranks,)](counts, message, blocks, num_experts, ranks, tail, BLOCK=256)
     return keys, message
 
 
+def keys_triton(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None = None) -> Tensor:
+    keys = keys_fake(experts, num_experts, ranks, placed)
+    _launch(experts, num_experts, ranks, placed, keys, None)
+    return keys
+
+
+def _launch(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None, keys: Tensor, counts: Tensor | None) -> None:
+    tokens, k = experts.shape
+    if tokens:
+        _count_kernel[(-(-tokens // TOKENS_A_BLOCK),)](
+            experts, keys if placed is None else placed.contiguous(), keys, keys if counts is None else counts, tokens, num_experts,
+            num_experts // ranks, ranks, *experts.stride(), PLACED=placed is not None, COUNTED=counts is not None,
+            SLOTS_A_TOKEN=k, K=1 << (k - 1).bit_length(), BLOCK=TOKENS_A_BLOCK,
+        )  # fmt: skip
+
+
 count = define(SCHEMA, count_fake, count_cpu, count_triton)
+rank_keys = define(KEYS, keys_fake, keys_cpu, keys_triton)

@@ -8,6 +8,7 @@ Integers only: no backward; `order` and `position` are each other's inverse, as 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -25,14 +26,20 @@ def sort_fake(keys: Tensor, bins: int, size: int, padded: bool = False) -> tuple
 
 
 def sort_cpu(keys: Tensor, bins: int, size: int, padded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    # A stable sort of 32,768 keys below 64: int16 0.10 ms, int32 0.13, int64 0.24, int8 1.4 (torch 2.13, one EPYC core).
-    flat = keys.flatten().to(torch.int16 if bins < 2**15 else torch.int32)
-    offsets = torch.bincount(flat.to(torch.int32) + 1, minlength=bins + 1)[1:].cumsum(0).to(torch.int32)
-    here = int(offsets[-1]) if padded else size
-    order = flat.sort(stable=True).indices[flat.numel() - here :].to(torch.int32)  # the dropped, of key -1, come first
-    place = torch.arange(here, dtype=torch.int32, device=keys.device)
-    position = torch.full_like(flat, -1, dtype=torch.int32).index_copy_(0, order.long(), place)
-    return pad(order, (0, size - here), value=-1) if padded else order, position.view(keys.shape), offsets
+    flat = keys.flatten().numpy()
+    slots = np.flatnonzero(flat >= 0)
+    # numpy sorts integers of 16 bits stably by their digits: 8,192 keys below 64 in 0.03 ms, where torch 2.13 takes 0.12 (one EPYC core).
+    narrow = flat[slots].astype(np.int8 if bins <= 2**7 else np.int16 if bins <= 2**15 else np.int32)
+    stable = narrow.argsort(kind="stable")
+    slots = slots[stable]
+    order, position, offsets = sort_fake(keys, bins, size, padded)
+    order.numpy()[: slots.size] = slots
+    order.numpy()[slots.size :] = -1
+    places = position.view(-1).numpy()
+    places[:] = -1
+    places[slots] = np.arange(slots.size, dtype=np.int32)
+    offsets.numpy()[:] = narrow[stable].searchsorted(np.arange(bins, dtype=narrow.dtype), side="right")
+    return order, position, offsets
 
 
 def bounded_fake(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
@@ -54,72 +61,80 @@ def bounded_cpu(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
 
 
 @jit
-def _histogram_kernel(keys, counts, size, blocks, bins, BLOCK: tl.constexpr, BINS: tl.constexpr):
+def _histogram_kernel(keys, counts, size, bins, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
     key = tl.where(i < size, tl.load(keys + i, mask=i < size, other=0).to(tl.int32), -1)
     for start in range(0, bins, BINS):
         b = start + tl.arange(0, BINS)
         here = tl.sum((key[:, None] == b[None, :]).to(tl.int32), axis=0)  # [BINS]
-        tl.store(counts + b * blocks + block, here, mask=b < bins)
+        tl.store(counts + block.to(tl.int64) * bins + b, here, mask=b < bins)
 
 
 @jit
 def _place_kernel(
-    keys, starts, order, position, size, kept, blocks, bins, most, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr
+    keys, counts, order, position, offsets, size, kept, blocks, bins, most,
+    BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Each program adds up the histograms of all blocks for itself, which spares a launch to scan them, and fills its part of order."""
     block = tl.program_id(0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    i = block * BLOCK + tl.arange(0, BLOCK)  # a key, and a place in order
     key = tl.where(i < size, tl.load(keys + i, mask=i < size, other=0).to(tl.int32), -1)
     place = tl.full([BLOCK], -1, tl.int32)
+    empty = tl.full([BLOCK], 0, tl.int32)
+    end = tl.full([], 0, tl.int32)  # of the last key of the bins so far
     for start in range(0, bins, BINS):
         b = start + tl.arange(0, BINS)
+        total, earlier = tl.zeros([BINS], tl.int32), tl.zeros([BINS], tl.int32)
+        for row in range(0, blocks, ROWS):
+            r = row + tl.arange(0, ROWS)
+            inside = (r < blocks)[:, None] & (b < bins)[None, :]
+            here = tl.load(counts + r.to(tl.int64)[:, None] * bins + b[None, :], mask=inside, other=0)  # [ROWS, BINS]
+            total += tl.sum(here, axis=0)
+            earlier += tl.sum(tl.where((r < block)[:, None], here, 0), axis=0)
+        if BOUNDED:
+            first = b * most
+            empty += tl.sum((((i // most)[:, None] == b[None, :]) & ((i[:, None] - first[None, :]) >= total[None, :])).to(tl.int32), axis=1)
+        else:
+            ends = end + tl.cumsum(total, axis=0)
+            first = ends - total
+            end += tl.sum(total, axis=0)
+            if block == 0:
+                tl.store(offsets + b, ends, mask=b < bins)
         mine = (key[:, None] == b[None, :]).to(tl.int32)  # [BLOCK, BINS]
-        first = tl.load(starts + b * blocks + block, mask=b < bins, other=0)
         before = tl.cumsum(mine, axis=0) - mine  # equal keys earlier in this block
-        place += tl.sum(mine * (first[None, :] + before + 1), axis=1)
+        place += tl.sum(mine * ((first + earlier)[None, :] + before + 1), axis=1)
     if BOUNDED:
         place = tl.where(place < (key + 1) * most, place, -1)
+    else:
+        empty = (i >= end).to(tl.int32)
     tl.store(position + i, place, mask=i < size)
     tl.store(order + place, i, mask=(place >= 0) & (place < kept))
+    tl.store(order + i, -1, mask=(empty > 0) & (i < kept))
 
 
 def sort_triton(keys: Tensor, bins: int, size: int, padded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    order, position = _empty(keys, size), torch.empty(keys.shape, dtype=torch.int32, device=keys.device)
-    if padded:
-        order.fill_(-1)
-    if keys.numel() == 0:
-        return order, position, _empty(keys, bins).zero_()
-    counts = _histogram(keys, bins)
-    ends = counts.flatten().cumsum(0, dtype=torch.int32)  # over the keys, and over the blocks within a key: a stable order
-    _place(keys, ends - counts.flatten(), order, position, bins, None)
-    blocks = counts.shape[1]
-    return order, position, ends[blocks - 1 :: blocks].clone()  # no view, even of one bin: an op's output starts where its memory does
+    order, position, offsets = sort_fake(keys, bins, size, padded)
+    _launch(keys, order, position, offsets, bins, None)
+    return order, position, offsets
 
 
 def bounded_triton(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
-    order, position = _empty(keys, bins * most).fill_(-1), torch.empty(keys.shape, dtype=torch.int32, device=keys.device)
-    if keys.numel():
-        counts = _histogram(keys, bins)
-        first = torch.arange(bins, dtype=torch.int32, device=keys.device).unsqueeze(1) * most  # [bins, 1]
-        _place(keys, counts.cumsum(1, dtype=torch.int32) - counts + first, order, position, bins, most)
+    order, position = bounded_fake(keys, bins, most)
+    _launch(keys, order, position, order, bins, most)
     return order, position
 
 
-def _histogram(keys: Tensor, bins: int) -> Tensor:
-    """[bins, blocks]: how many of each key are in each block of keys."""
-    blocks = -(-keys.numel() // BLOCK)
-    counts = torch.empty(bins, blocks, dtype=torch.int32, device=keys.device)
-    _histogram_kernel[(blocks,)](keys.contiguous(), counts, keys.numel(), blocks, bins, BLOCK=BLOCK, BINS=block_of(bins, 64))
-    return counts
-
-
-def _place(keys: Tensor, starts: Tensor, order: Tensor, position: Tensor, bins: int, most: int | None) -> None:
-    """Fill order and position, where the keys of a block stand from ``starts`` [bins, blocks] on."""
-    blocks = -(-keys.numel() // BLOCK)
-    _place_kernel[(blocks,)](
-        keys.contiguous(), starts, order, position, keys.numel(), order.shape[0], blocks, bins, most or 0,
-        BOUNDED=most is not None, BLOCK=BLOCK, BINS=block_of(bins, 64),
+def _launch(keys: Tensor, order: Tensor, position: Tensor, offsets: Tensor, bins: int, most: int | None) -> None:
+    size, kept = keys.numel(), order.shape[0]
+    blocks, tile = -(-size // BLOCK), block_of(bins, 32)  # 256 keys times 32 bins: 64 registers of each of 128 threads
+    counts = torch.empty(blocks, bins, dtype=torch.int32, device=keys.device)
+    keys = keys.contiguous()
+    if blocks:
+        _histogram_kernel[(blocks,)](keys, counts, size, bins, BLOCK=BLOCK, BINS=tile)
+    _place_kernel[(max(1, blocks, -(-kept // BLOCK)),)](
+        keys, counts, order, position, offsets, size, kept, blocks, bins, most or 1,
+        BOUNDED=most is not None, BLOCK=BLOCK, BINS=tile, ROWS=64,
     )  # fmt: skip
 
 

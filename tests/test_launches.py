@@ -92,7 +92,7 @@ def test_what_a_layer_of_one_process_launches() -> None:
     assert_expected_inline(
         layer_here(5, None),
         """\
-plan, 9: header_kernel count_kernel copy_ plan_sizes histogram_kernel cumsum sub place_kernel clone
+plan, 5: count_kernel message_kernel plan_sizes histogram_kernel place_kernel
 dispatch, 1: gather_kernel
 combine, 1: weighted_sum_kernel
 backward, 3: zeros_like backward_kernel weighted_sum_kernel
@@ -104,8 +104,7 @@ def test_what_a_layer_of_one_process_launches_in_static_mode() -> None:
     assert_expected_inline(
         layer_here(5, 5),
         """\
-plan, 19: header_kernel count_kernel copy_ fill_ histogram_kernel arange mul cumsum sub add place_kernel zero_
-    fit_kernel fill_ histogram_kernel cumsum sub place_kernel clone
+plan, 7: count_kernel histogram_kernel place_kernel zero_ fit_kernel histogram_kernel place_kernel
 dispatch, 1: gather_kernel
 combine, 1: weighted_sum_kernel
 backward, 3: zeros_like backward_kernel weighted_sum_kernel
@@ -119,9 +118,8 @@ def test_what_a_rank_launches() -> None:
     assert_expected_inline(
         of_ranks[0],
         """\
-plan, 33: header_kernel count_kernel copy_ all_to_all_single plan_sizes histogram_kernel cumsum sub place_kernel clone
-    div index_select mul index_select _to_copy sub ge lt bitwise_and scalar_tensor where _to_copy index_select cat
-    alltoall_base_ clone _to_copy clone histogram_kernel cumsum sub place_kernel clone
+plan, 11: count_kernel message_kernel all_to_all_single plan_sizes histogram_kernel place_kernel pack_kernel
+    alltoall_base_ unpack_kernel histogram_kernel place_kernel
 dispatch, 3: gather_kernel alltoall_base_ gather_kernel
 combine, 3: weighted_sum_kernel alltoall_base_ weighted_sum_kernel
 backward, 11: gather_kernel alltoall_base_ zeros_like backward_kernel weighted_sum_kernel alltoall_base_
@@ -136,10 +134,8 @@ def test_what_a_rank_launches_in_static_mode() -> None:
     assert_expected_inline(
         of_ranks[0],
         """\
-plan, 42: header_kernel count_kernel copy_ fill_ histogram_kernel arange mul cumsum sub add place_kernel zero_
-    fit_kernel constant_pad_nd constant_pad_nd constant_pad_nd lt scalar_tensor where div index_select mul index_select
-    sub ge lt bitwise_and scalar_tensor where _to_copy index_select cat alltoall_base_ clone _to_copy clone fill_
-    histogram_kernel cumsum sub place_kernel clone
+plan, 10: count_kernel histogram_kernel place_kernel zero_ fit_kernel pack_kernel alltoall_base_ unpack_kernel
+    histogram_kernel place_kernel
 dispatch, 3: gather_kernel alltoall_base_ gather_kernel
 combine, 3: weighted_sum_kernel alltoall_base_ weighted_sum_kernel
 backward, 11: gather_kernel alltoall_base_ zeros_like backward_kernel weighted_sum_kernel alltoall_base_

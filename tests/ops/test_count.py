@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from moecomm.ops.count import count, count_cpu, count_fake, count_triton
+from moecomm.ops.count import count, count_cpu, count_fake, count_triton, keys_cpu, keys_fake, keys_triton, rank_keys
 from tests.ops.cases import assert_same_layout, guarded, routing, strided
 
 SIGNATURE = [2, 8, -1, 5]
@@ -41,6 +41,9 @@ def check(experts: Tensor, num_experts: int, ranks: int, device: str, placed: Te
     for got in (count_cpu(experts, *args, placed), guarded(count_triton, experts.to(device), *args, there)):
         torch.testing.assert_close([tensor.cpu() for tensor in got], list(want), rtol=0, atol=0)
         assert_same_layout(count_fake(experts, *args), got)
+    for keys in (keys_cpu(experts, num_experts, ranks, placed), guarded(keys_triton, experts.to(device), num_experts, ranks, there)):
+        assert torch.equal(keys.cpu(), want[0])
+        assert_same_layout(keys_fake(experts, num_experts, ranks), keys)
 
 
 @pytest.mark.parametrize(
@@ -97,3 +100,4 @@ def test_count_passes_opcheck() -> None:
         opcheck(count, (routing(tokens, k, 4, seed=tokens), 4, 2, SIGNATURE, torch.zeros(tokens, k, dtype=torch.int32)))
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
         opcheck(count, (routing(tokens, k, 4, seed=tokens), 4, 2, SIGNATURE))
+        opcheck(rank_keys, (routing(tokens, k, 4, seed=tokens), 4, 2))
