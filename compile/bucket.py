@@ -22,8 +22,10 @@ from torch.fx import Graph, Node
 from moecomm.compile.overlap import is_wait, needs_of
 from moecomm.ops.bucket import gather_pairs, rows_exchange, slots_message, take_rows, words
 from moecomm.ops.exchange import combine_exchange, dispatch_exchange, return_exchange
+from moecomm.ops.quantize import quantize
 from moecomm.ops.slots import slots_exchange
 from moecomm.ops.weighted_sum import weighted_sum
+from moecomm.ops.wire_exchange import wire_exchange
 
 DIRECTIONS = {slots_exchange: 0, dispatch_exchange: 0, combine_exchange: 1, return_exchange: 1}
 
@@ -48,11 +50,11 @@ def _mergeable(graph: Graph) -> list[Node]:
         before[node] = bits[node]
         for other in needed:
             before[node] |= before[other]
-        if node.target not in DIRECTIONS or len(node.users) != 1 or not is_wait(next(iter(node.users))):
+        if _direction(node) is None or len(node.users) != 1 or not is_wait(next(iter(node.users))):
             continue
         if not isinstance(node.meta["val"].shape[1], int) or node.meta["val"].shape[1] == 0:
             continue
-        alike.setdefault((DIRECTIONS[node.target], *node.args[-3:]), []).append(node)
+        alike.setdefault((_direction(node), *node.args[-3:]), []).append(node)
     for starts in alike.values():
         for first in starts:
             together = [first]
@@ -64,12 +66,17 @@ def _mergeable(graph: Graph) -> list[Node]:
     return []
 
 
+def _direction(start: Node) -> int | None:
+    """0 to the experts, 1 home; None of what is none of the exchanges of a plan's rows."""
+    return start.args[4] if start.target is wire_exchange else DIRECTIONS.get(start.target)  # type: ignore[return-value]
+
+
 def _merge(graph: Graph, starts: list[Node]) -> None:
     """Send what these start in one message, and take it apart after one wait."""
     splits, size, group = starts[0].args[-3:]
     with graph.inserting_before(starts[-1]):
         rows = [_rows_of(graph, start) for start in starts]
-        message = _call(graph, rows_exchange, rows, splits, size, DIRECTIONS[starts[0].target], group)
+        message = _call(graph, rows_exchange, rows, splits, size, _direction(starts[0]), group)
         arrived = _call(graph, torch.ops._c10d_functional.wait_tensor.default, message)
         offset = 0
         for start in starts:
@@ -90,6 +97,8 @@ def _rows_of(graph: Graph, start: Node) -> Node:
         return _call(graph, gather_pairs, *start.args[:3])
     if start.target is combine_exchange:
         return _call(graph, weighted_sum, *start.args[:4])
+    if start.target is wire_exchange:
+        return _call(graph, quantize, *start.args[:4])
     return start.args[0]  # type: ignore[return-value]
 
 

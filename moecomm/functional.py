@@ -14,14 +14,16 @@ from moecomm.slices import slice_gather, slice_reduce, slice_scatter
 from moecomm.sums import sum_gradient, sum_ranks
 from moecomm.sync import sync_params, sync_params_
 from moecomm.sync_grads import sync_grads_
-from moecomm.tokens import combine, dispatch
+from moecomm.tokens import Quantized, combine, dispatch, dispatch_quantized
 
 __all__ = [
     "Plan",
+    "Quantized",
     "attach_loss",
     "clip_grad_norm_",
     "combine",
     "dispatch",
+    "dispatch_quantized",
     "explain",
     "limit_by_capacity",
     "load_balance_loss",

@@ -14,14 +14,18 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from moecomm.ops.choose import choose_triton
-from moecomm.ops.count import count_triton
+from moecomm.ops.count import count_triton, keys_triton
+from moecomm.ops.dequantize import dequantize_triton
 from moecomm.ops.fit import fit_triton
 from moecomm.ops.gather import gather_triton
 from moecomm.ops.place import place_triton
+from moecomm.ops.quantize import quantize_triton
 from moecomm.ops.rank_sum import rank_sum_triton
+from moecomm.ops.slots import message_triton, unpack_triton
 from moecomm.ops.sort import bounded_triton, sort_triton
 from moecomm.ops.weighted_sum import weighted_sum_triton
 from moecomm.ops.weighted_sum_backward import backward_triton
+from moecomm.ops.wire import DTYPES, WIRES
 
 GATHERED = (torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float32, torch.complex64, torch.complex128)
 SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -58,11 +62,15 @@ def call_everything() -> None:
     for dtype in (torch.uint8, torch.int32, torch.int64):
         count_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2, [2, 4, -1, 16, 2**40])
         count_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2, [2, 4, -1, 16, 2**40], position)
+        keys_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2)
         place_triton(torch.zeros(tokens, k, dtype=dtype), torch.zeros(9, dtype=torch.int32), 4, 1, "")
         sort_triton(torch.zeros(tokens, k, dtype=dtype), 4, tokens * k)
         bounded_triton(torch.zeros(tokens, k, dtype=dtype), 4, 3)
         fit_triton(torch.zeros(tokens, k, dtype=dtype), torch.zeros(tokens, k, dtype=dtype), position, 2)
     count_triton(torch.zeros(tokens, 1, dtype=torch.int64), 1, 1, [1, 1])
+    for local in (4, 2**7 + 1, 2**15 + 1):
+        message = message_triton(position, weights, position, order, local, True)
+        unpack_triton(message, k, local, weights.dtype)
     for dtype in GATHERED:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
     for dtype in SUMMED:
@@ -73,6 +81,11 @@ def call_everything() -> None:
         weighted_sum_triton(rows, None, order, position)
         weighted_sum_triton(rows, weights, order, position)
         backward_triton(x, rows, weights, order, position)
+    for wire in WIRES:
+        for dtype in DTYPES:
+            for some in (None, order):
+                message = quantize_triton(torch.zeros(tokens, d, dtype=dtype), some, k, wire)
+                dequantize_triton(message, some, k, d, dtype, wire)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCAL_OPS = ("choose", "count", "fit", "place", "sort", "gather", "weighted_sum", "weighted_sum_backward", "rank_sum")
+LOCAL_OPS = (
+    "choose",
+    "count",
+    "fit",
+    "place",
+    "slots",
+    "sort",
+    "gather",
+    "weighted_sum",
+    "weighted_sum_backward",
+    "rank_sum",
+    "quantize",
+    "dequantize",
+)
 
 
 @pytest.mark.slow
