@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.library import define, jit, tl
-from moecomm.ops.quantize import tile
+from moecomm.ops.quantize import STEP, tile
 from moecomm.ops.wire import WIRES, blocks
 
 SCHEMA = "dequantize(Tensor message, Tensor? order, int k, SymInt d, ScalarType dtype, str wire) -> Tensor"
@@ -23,23 +24,30 @@ def dequantize_fake(message: Tensor, order: Tensor | None, k: int, d: int, dtype
 
 
 def dequantize_cpu(message: Tensor, order: Tensor | None, k: int, d: int, dtype: torch.dtype, wire: str) -> Tensor:
-    (r, _), block, count = message.shape, WIRES[wire].block, blocks(d, wire)
-    if r == 0 or d == 0:
-        return dequantize_fake(message, order, k, d, dtype, wire).zero_()  # padding at most
-    data = message.new_zeros(r, count * block) if d % block else message.new_empty(r, d)
-    data[:, :d] = message[:, :d]
-    # torch 2.13 is slow to read this format. Moved by 7 bits, its exponent and mantissa are those of a float16, but for a factor of 2^8.
-    halves = data.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001)  # the sign is in bits 14 and 15
-    values = halves.view(torch.float16).to(torch.float32)
-    unknown = data.bitwise_and_(0x7F) == 0x7F
-    if unknown.any():
-        values.masked_fill_(unknown, float("nan"))
-    scales = message[:, d:].clone(memory_format=torch.contiguous_format)
-    factors = scales.view(torch.float32) if WIRES[wire].scale == torch.float32 else (scales.to(torch.int32) << 23).view(torch.float32)
-    rows = values.view(r, count, block).mul_(factors.unsqueeze(2)).mul_(2.0**8).view(r, count * block)[:, :d]
-    most = torch.finfo(dtype).max  # what was rounded up past it
-    rows = rows.clamp_(-most, most).to(dtype).contiguous()
+    rows = message.new_empty(message.shape[0], d, dtype=dtype)
+    if rows.numel():
+        step = max(1, STEP // d)
+        for part, into in zip(message.split(step), rows.split(step), strict=True):
+            _dequantize(part, into, wire)
     return rows if order is None else gather_rows_cpu(rows, order, k)
+
+
+def _dequantize(message: Tensor, rows: Tensor, wire: str) -> None:
+    d, block = rows.shape[1], WIRES[wire].block
+    data, scales = message[:, :d], message[:, d:].clone(memory_format=torch.contiguous_format)  # whose bytes lie where a float32 may
+    if d % block:
+        data = pad(data, (0, -d % block))
+    # torch 2.13 is slow to read this format. Moved by 7 bits, its exponent and mantissa are those of a float16, but for a factor of 2^8.
+    halves = data.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
+    halves = halves.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # the sign is in bits 14 and 15
+    values = halves.view(torch.float16).to(torch.float32)
+    sizes = data & 0x7F
+    if sizes.max() == 0x7F:
+        values.masked_fill_(sizes == 0x7F, float("nan"))
+    factors = scales.view(torch.float32) if WIRES[wire].scale == torch.float32 else (scales.to(torch.int32) << 23).view(torch.float32)
+    values = values.unflatten(1, (-1, block)).mul_(factors.unsqueeze(2)).mul_(2.0**8).flatten(1)
+    most = torch.finfo(rows.dtype).max
+    rows.copy_(values[:, :d].clamp_(-most, most))  # what was rounded up past it
 
 
 @jit

@@ -14,6 +14,9 @@ from moecomm.ops.gather import gather_rows_cpu
 from moecomm.ops.library import block_of, define, jit, tl
 from moecomm.ops.wire import LARGEST, LEAST, WIRES, blocks, width
 
+# Elements that the CPU takes at a time, while they are in the cache: 2,048 rows of 2,048 bfloat16 take 4.9 ms, there and back 7.7, where
+# all at once they take 22 and 27 (one thread of an AMD EPYC; a copy of the rows takes 0.25).
+STEP = 2**19
 SCHEMA = "quantize(Tensor x, Tensor? order, int k, str wire) -> Tensor"
 
 
@@ -22,23 +25,28 @@ def quantize_fake(x: Tensor, order: Tensor | None, k: int, wire: str) -> Tensor:
 
 
 def quantize_cpu(x: Tensor, order: Tensor | None, k: int, wire: str) -> Tensor:
-    (t, d), block = x.shape, WIRES[wire].block
-    if t == 0 or d == 0:
-        return quantize_fake(x, order, k, wire).zero_()  # padding at most
-    count = blocks(d, wire)
+    t, d = x.shape
+    message = x.new_empty(t, width(d, wire), dtype=torch.uint8)  # once for each token, however often it is sent
+    if t and d:
+        step = max(1, STEP // d)
+        for part, into in zip(x.split(step), message.split(step), strict=True):
+            _quantize(part, into, wire)
+    return message if order is None else gather_rows_cpu(message, order, k)
+
+
+def _quantize(x: Tensor, message: Tensor, wire: str) -> None:
+    d, block = x.shape[1], WIRES[wire].block
     values = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # [T, D]
     if d % block:
         values = pad(values, (0, -d % block))
-    values = values.view(t, count, block)
+    values = values.unflatten(1, (-1, block))  # [T, blocks, block]
     largest = values.abs().amax(2)  # [T, blocks]
     if not largest.isfinite().all():  # a value that is not finite becomes NaN, and the others of its block are as if it were zero
         finite = values.isfinite()
         largest = values.abs().masked_fill_(~finite, 0).amax(2)
         values.masked_fill_(~finite, float("nan"))
-    scales, inverse = _scales(largest, wire)
-    data = values.mul_(inverse.unsqueeze(2)).to(torch.float8_e4m3fn).view(torch.uint8).view(t, count * block)
-    message = torch.cat((data[:, :d], scales), 1)  # once for each token, however often it is sent
-    return message if order is None else gather_rows_cpu(message, order, k)
+    message[:, d:], inverse = _scales(largest, wire)
+    message[:, :d] = values.mul_(inverse.unsqueeze(2)).to(torch.float8_e4m3fn).view(torch.uint8).flatten(1)[:, :d]
 
 
 def _scales(largest: Tensor, wire: str) -> tuple[Tensor, Tensor]:
