@@ -66,7 +66,7 @@ def routed_like(named: Mapping[str, Tensor | None], group: Group) -> DTensor | N
     """
     given = {name: x for name, x in named.items() if isinstance(x, DTensor)}
     for name, x in given.items():
-        if name == "like":
+        if name.startswith("like"):
             _check_hidden(name, x)
         else:
             check_whole(name, x)
@@ -77,12 +77,13 @@ def routed_like(named: Mapping[str, Tensor | None], group: Group) -> DTensor | N
     return list(given.values())[-1] if given else None
 
 
-def make_layout(experts: Tensor, weights: Tensor, like: Tensor | None, group: Group) -> Tensor | None:
-    """How a plan's y will be placed, as a DTensor [T of all ranks, 0, ...]; None where none of the three is a DTensor.
+def make_layout(experts: Tensor, weights: Tensor, like: Sequence[Tensor], group: Group) -> Tensor | None:
+    """How a plan's y will be placed, as a DTensor [T of all ranks, 0, ...]: as the first of ``like``; None where none is a DTensor.
 
     Raises ValueError where one has a placement that cannot be routed, or two of them do not hold the same tokens.
     """
-    last = routed_like({"experts": experts, "weights": weights, "like": like}, group)
+    named = {f"like's leaf {i}" if i else "like": leaf for i, leaf in enumerate(like)}
+    last = routed_like({"experts": experts, "weights": weights, **dict(reversed(named.items()))}, group)
     if last is None:
         return None
     empty = (0,) * (last.dim() - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ LOGGER = logging.getLogger("moecomm")
 LOGGER.addHandler(logging.NullHandler())
 
 
-def log_plan(plan: Plan, like: Tensor | None) -> None:
+def log_plan(plan: Plan, like: Sequence[Tensor]) -> None:
     """Log the sizes of a plan, from what the host knows of it: nothing is read from the device.
 
     Code that is traced logs nothing: its sizes are not known then, and its graph shall have no break for a line of text.
@@ -32,7 +33,7 @@ def log_plan(plan: Plan, like: Tensor | None) -> None:
         return
     to = [] if plan.splits is None else plan.splits[0].tolist()  # a CPU tensor
     most = f" (at most {max(to)} to a rank, {max(to) * len(to) / sent:.2f} times the mean)" if sent and to else ""
-    row = "unknown without like" if like is None else str(math.prod(like.shape[1:]) * like.dtype.itemsize)
+    row = str(sum(math.prod(leaf.shape[1:]) * leaf.itemsize for leaf in like)) if like else "unknown without like"
     LOGGER.debug(
         "plan on %d ranks: T %d, K %d, E %d; pairs sent S %d%s, received R %d; rows N %d; bytes a row %s%s",
         resolve_group(plan.group).size, plan.tokens, k, plan.num_experts, sent, most, received, rows, row,

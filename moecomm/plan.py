@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.utils._pytree import tree_leaves
 
 from moecomm.dtensor import make_layout, to_local
 from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
@@ -16,7 +18,8 @@ from moecomm.ops.count import count, rank_keys
 from moecomm.ops.exchange import wait
 from moecomm.ops.fit import fit
 from moecomm.ops.place import place, placement_table
-from moecomm.ops.sizes import plan_sizes, signature
+from moecomm.ops.signature import signature
+from moecomm.ops.sizes import checked, plan_sizes
 from moecomm.ops.slots import exchange_slots
 from moecomm.ops.sort import MOST, bounded_sort, counting_sort
 from moecomm.placement import Placement, as_tensor
@@ -58,8 +61,9 @@ def plan(
     group: GroupLike = None,
     *,
     placement: Placement | None = None,
-    like: Tensor | None = None,
+    like: Any = None,
     max_rows: int | None = None,
+    check: bool = False,
 ) -> Plan:
     """Who gets which token: the plan that `dispatch` and `combine` follow.
 
@@ -78,9 +82,12 @@ def plan(
             rank p takes replica ``floor(frac(0.618... * (t * P + p)) * replicas)`` in the order of the ranks, which needs no counting and
             is even, to a few tokens, for any run of tokens and for every n-th one. The replicas' weights are made and kept alike
             by `sync_replicas_` and `sync_replica_grads_`.
-        like: what will be dispatched, [T, ...]: only its shape and dtype are looked at, so that ranks that disagree on them get
-            an error here and not a broken exchange later. Of a DTensor, its placements are those of `combine`'s result.
+        like: what will be dispatched, [T, ...], or a pytree of such tensors: only their shapes, dtypes and requires_grad are looked at,
+            so that ranks that disagree on them get an error here and not a broken exchange later. Of a DTensor, its placements are those
+            of `combine`'s result; of several, those of the first.
         max_rows: C, the same on all ranks, switches static mode on: each rank sends C tokens to each, padding among them.
+        check: look for more than costs nothing: for weights that are NaN or infinite, and in static mode for all that is looked for
+            otherwise; there it takes the exchange of counts and the host sync that static mode does without. For finding a fault.
 
     DTensors go in as their local shards, each of Shard(0) over its tokens or Replicate on each mesh dim; ``like`` may also be Shard over
     other dims. `moecomm.dtensor` has the table. Those that are plain tensors are local shards already.
@@ -100,8 +107,8 @@ def plan(
       that rank are dropped; and of a token that has more than L slots for a rank, as only repeated ids make it, those after the first L.
     - Ids outside [-1, E) are dropped as well: to raise an error would take a host sync. The plan's ``dropped``, [] int32 on the device,
       counts the slots of this rank's tokens that were dropped for any of these reasons; those of id -1 are not among them.
-    - What the ranks must agree on, max_rows included, is not compared, which would take a host sync too: where they differ, an exchange
-      hangs, fails or brings garbage.
+    - What the ranks must agree on, max_rows included, is not compared without ``check``, which would take a host sync too: where they
+      differ, an exchange hangs, fails or brings garbage.
 
     Backward: from the plan's weights to ``weights``, in one exchange.
 
@@ -134,50 +141,73 @@ def plan(
     """
     check_reverse_mode("plan", (weights,))
     ranks = resolve_group(group)
-    layout = make_layout(experts, weights, like, ranks)
+    leaves = [] if like is None else tree_leaves(like)
+    layout = make_layout(experts, weights, leaves, ranks)
     if layout is not None:
-        experts, weights, like = to_local(experts), to_local(weights), None if like is None else to_local(like)
-        local_plan = plan(experts, weights, num_experts, group, placement=placement, like=like, max_rows=max_rows)
+        leaves = [to_local(leaf) for leaf in leaves]
+        local_plan = plan(
+            to_local(experts), to_local(weights), num_experts, group, placement=placement, like=leaves, max_rows=max_rows, check=check
+        )
         return local_plan._replace(layout=layout)
-    _check(experts, weights, num_experts, ranks.size if placement is None else None, like, max_rows)
+    _check(experts, weights, num_experts, ranks.size if placement is None else None, leaves, max_rows)
     local, checksum, places, placed = num_experts // ranks.size, -1, experts, None
     if placement is not None:
         where = as_tensor(placement, ranks.size)  # [P, L]
         local = where.shape[1]
         table, checksum = placement_table(where, num_experts, experts.device)
         places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
-    if max_rows is not None:
-        made = _static_plan(experts, weights, num_experts, places, placed, local, max_rows, ranks)
-    else:
-        signed = signature(experts, weights, num_experts, like, checksum)
-        made = _dynamic_plan(experts, weights, num_experts, places, placed, local, signed, ranks)
-    log_plan(made, like)
+    signed = signature(experts, weights, num_experts, leaves, checksum, max_rows)
+    make = _dynamic_plan if max_rows is None else partial(_static_plan, max_rows)
+    made = make(experts, weights, num_experts, places, placed, local, signed, check, ranks)
+    log_plan(made, leaves)
     return made
 
 
+def _messages(sent: Tensor, group: Group) -> Tensor:
+    """The counts' exchange: what each rank has for this one, [P, ...]."""
+    if group.size == 1:
+        return sent
+    pairs = [1] * group.size
+    pending = torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group.name)
+    return wait(pending, "the counts of plan (forward)", group.name)
+
+
 def _dynamic_plan(
-    experts: Tensor, weights: Tensor, num_experts: int, places: Tensor, placed: Tensor | None, local: int, signed: list[int], ranks: Group
+    experts: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    places: Tensor,
+    placed: Tensor | None,
+    local: int,
+    signed: list[int],
+    check: bool,
+    group: Group,
 ) -> Plan:
     """A plan of the sizes that the routing has: they are read from the device, once."""
-    keys, sent = count(experts, num_experts, ranks.size, signed, placed)  # [T, K], [P, 5 + signature]
-    tokens, k = experts.shape
-    if ranks.size == 1:
-        _, _, n, _ = plan_sizes(sent, sent)
+    keys, sent = count(experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
+    s, r, n, splits = plan_sizes(sent, _messages(sent, group))
+    tokens, _ = experts.shape
+    if group.size == 1:
         row_order, row_position, offsets = counting_sort(places, local, n)
-        return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, ranks.name)
+        return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, group.name)
 
-    pairs = [1] * ranks.size
-    started = torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, ranks.name)
-    received = wait(started, "the counts of plan (forward)", ranks.name)
-    s, r, n, splits = plan_sizes(sent, received)
-    send_order, send_position, _ = counting_sort(keys, ranks.size, s)
-    there, ids = exchange_slots(weights, places, keys, send_order, send_position, local, splits, r, ranks.name)  # [R, K] each
+    send_order, send_position, _ = counting_sort(keys, group.size, s)
+    there, ids = exchange_slots(weights, places, keys, send_order, send_position, local, splits, r, group.name)  # [R, K] each
     row_order, row_position, offsets = counting_sort(ids, local, n)
-    return Plan(offsets, there, row_order, row_position, send_order, send_position, splits, tokens, num_experts, ranks.name)
+    return Plan(offsets, there, row_order, row_position, send_order, send_position, splits, tokens, num_experts, group.name)
 
 
 def _static_plan(
-    experts: Tensor, weights: Tensor, num_experts: int, places: Tensor, placed: Tensor | None, local: int, max_rows: int, group: Group
+    max_rows: int,
+    experts: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    places: Tensor,
+    placed: Tensor | None,
+    local: int,
+    signed: list[int],
+    check: bool,
+    group: Group,
 ) -> Plan:
     """A plan of constant sizes: nothing is read from the device, what has no place is dropped, and places that are left are padding."""
     tokens, k = experts.shape
@@ -187,7 +217,11 @@ def _static_plan(
     if guard_or_false(pairs * k > MOST):
         must = f"at most {MOST // (group.size * k)}, as int32 indices number the slots of all {group.size} ranks"
         wrong_value("max_rows", max_rows, must)
-    keys = rank_keys(experts, num_experts, group.size, placed)  # [T, K]
+    if check:
+        keys, sent = count(experts, num_experts, group.size, signed, placed, weights)
+        keys = checked(_messages(sent, group), keys)
+    else:
+        keys = rank_keys(experts, num_experts, group.size, placed)  # [T, K]
     send_order, send_position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
     fits, dropped = fit(experts, places, send_position, local)  # [T, K]
     n = pairs * min(k, local)
@@ -201,7 +235,7 @@ def _static_plan(
     return Plan(*indices, tokens, num_experts, group.name, dropped=dropped)
 
 
-def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: Tensor | None, max_rows: int | None) -> None:
+def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: list[Tensor], max_rows: int | None) -> None:
     check_experts(experts)
     check_tensor("weights", weights, "[T, K]", dims=2)
     check_floating("weights", weights)
@@ -215,10 +249,10 @@ def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | No
         wrong_value("num_experts", num_experts, "at least 1" if divisor is None else f"a positive multiple of the group's {divisor} ranks")
     if not 1 <= experts.shape[1] <= num_experts:
         wrong_value("experts", f"of shape {list(experts.shape)}, K = {experts.shape[1]}", f"of 1 <= K <= num_experts = {num_experts}")
-    if like is not None:
-        check_tensor("like", like, "[T, ...]")
-        if like.dim() == 0 or differ(like.shape[0], experts.shape[0]):
-            wrong_value("like", f"of shape {list(like.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")
+    for leaf in like:
+        check_tensor("like", leaf, "[T, ...], or a pytree of them")
+        if leaf.dim() == 0 or differ(leaf.shape[0], experts.shape[0]):
+            wrong_value("like", f"of shape {list(leaf.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")
     if max_rows is not None:
         if not isinstance(max_rows, int | torch.SymInt) or isinstance(max_rows, bool):
             wrong_type("max_rows", type(max_rows).__name__, "an int or None")

@@ -46,8 +46,8 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
         return
     with torch.no_grad():
         local = [local_part(tensor) for tensor in tensors]
-        check_same_placement(rows, local[0].device, ranks)
-        check_same_kind(local, ranks)
+        check_same_placement("sync_replicas_", rows, local[0].device, ranks)
+        check_same_kind("sync_replicas_", local, ranks)
         buckets = [[local[i] for i in bucket] for bucket in by_dtype(local)]
         _exchange(buckets, rows, ranks, lambda parts: parts[0])
 

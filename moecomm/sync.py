@@ -91,7 +91,7 @@ def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
         return
     with torch.no_grad():
         local = [local_part(tensor) for tensor in tensors]
-        check_same_kind(local, ranks)
+        check_same_kind("sync_params_", local, ranks)
         pending: tuple[list[Tensor], Tensor] | None = None
         for bucket in in_buckets(local, BUCKET_BYTES):
             mine = [local[i] for i in bucket]

@@ -1,6 +1,6 @@
-"""keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, T, signature).
+"""keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, T, ...).
 
-Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 5 + signature] numbers, whatever E is. Expert e is on
+Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 6 + signature] numbers, whatever E is. Expert e is on
 rank e // (E / P), or each slot on the rank that ``placed`` says, [T, K] int32 as `place` gives them: one more read. `rank_keys` gives the
 keys alone.
 Integers only: no backward.
@@ -15,18 +15,25 @@ import torch
 from torch import Tensor
 
 from moecomm.ops.library import define, jit, tl
+from moecomm.ops.signature import NOT_FINITE, PAIRS, SIGNATURE, SLOTS
 
-PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, SIGNATURE = 0, 1, 2, 3, 4, 5  # the columns of a message; the signature takes the rest
 TOKENS_A_BLOCK = 32  # of a kernel
 KEYS = "rank_keys(Tensor experts, int num_experts, int ranks, Tensor? placed=None) -> Tensor"
-SCHEMA = "count(Tensor experts, int num_experts, int ranks, SymInt[] signature, Tensor? placed=None) -> (Tensor, Tensor)"
+SCHEMA = (
+    "count(Tensor experts, int num_experts, int ranks, SymInt[] signature, Tensor? placed=None, Tensor? weights=None) -> (Tensor, Tensor)"
+)
 
 
 def count_fake(
-    experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
+    experts: Tensor,
+    num_experts: int,
+    ranks: int,
+    signature: Sequence[int],
+    placed: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     keys = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)  # [T, K]
-    message = torch.empty(ranks, SIGNATURE + len(signature), dtype=torch.int64, device=experts.device)  # [P, 5 + signature]
+    message = torch.empty(ranks, SIGNATURE + len(signature), dtype=torch.int64, device=experts.device)  # [P, 6 + signature]
     return keys, message
 
 
@@ -35,16 +42,25 @@ def keys_fake(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | No
 
 
 def count_cpu(
-    experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
+    experts: Tensor,
+    num_experts: int,
+    ranks: int,
+    signature: Sequence[int],
+    placed: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     keys, message = count_fake(experts, num_experts, ranks, signature, placed)
     rank, first, lowest, highest = _ranks(experts, num_experts, ranks, placed)
     keys.numpy()[:] = first.T
     header = message.numpy()
-    header[:] = [0, 0, lowest, highest, experts.shape[0], *signature]
+    header[:] = [0, 0, lowest, highest, experts.shape[0], 0 if weights is None else int(_not_finite(weights)), *signature]
     header[:, PAIRS] = np.bincount(first.ravel() + 1, minlength=ranks + 1)[1:]
     header[:, SLOTS] = np.bincount(rank.ravel() + 1, minlength=ranks + 1)[1:]
     return keys, message
+
+
+def _not_finite(weights: Tensor) -> Tensor:
+    return weights.isfinite().logical_not().sum()
 
 
 def keys_cpu(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None = None) -> Tensor:
@@ -121,14 +137,21 @@ def _message_kernel(counts, message, blocks, num_experts, ranks, tail, BLOCK: tl
 
 
 def count_triton(
-    experts: Tensor, num_experts: int, ranks: int, signature: Sequence[int], placed: Tensor | None = None
+    experts: Tensor,
+    num_experts: int,
+    ranks: int,
+    signature: Sequence[int],
+    placed: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     keys, message = count_fake(experts, num_experts, ranks, signature, placed)
     blocks = -(-experts.shape[0] // TOKENS_A_BLOCK)
     counts = torch.empty(blocks, 2 * ranks + 2, dtype=torch.int64, device=experts.device)
     _launch(experts, num_experts, ranks, placed, keys, counts)
-    tail = (experts.shape[0], *signature)  # arguments of a kernel: a copy of the numbers from the host would wait for the device
+    tail = (experts.shape[0], 0, *signature)  # arguments of a kernel: a copy of the numbers from the host would wait for the device
     _message_kernel[(ranks,)](counts, message, blocks, num_experts, ranks, tail, BLOCK=256)
+    if weights is not None:
+        message[:, NOT_FINITE] = _not_finite(weights)
     return keys, message
 
 

@@ -86,7 +86,7 @@ def wrong_plans() -> dict[str, Wrong]:
             "experts was of shape [3, 0], K = 0; it must be of 1 <= K <= num_experts = 4",
         ),
         "like that is a shape": Wrong(
-            lambda: mf.plan(experts, weights, E, like=(T, D)), TypeError, "like was tuple; it must be a tensor [T, ...]"
+            lambda: mf.plan(experts, weights, E, like=(T, D)), TypeError, "like was int; it must be a tensor [T, ...], or a pytree of them"
         ),
         "like of other tokens": Wrong(
             lambda: mf.plan(experts, weights, E, like=torch.ones(4, D)),

@@ -129,3 +129,9 @@ def test_it_costs_one_collective_and_no_read_of_the_host(ranks: int) -> None:
 def test_a_wrong_argument_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mf.limit_by_capacity(**{"experts": torch.zeros(4, 2, dtype=torch.int64), "num_experts": 4, "capacity": 2, **changed})
+
+
+def test_more_slots_than_int32_indices_number_are_refused() -> None:
+    experts = torch.zeros(1, 1, dtype=torch.int8).expand(2**30, 2)  # of one byte
+    with pytest.raises(ValueError, match=r"experts was of shape \[1073741824, 2\]; it must be of at most 2147483392 slots"):
+        mf.limit_by_capacity(experts, 4, 1)

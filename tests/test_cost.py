@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import moecomm.functional as mf
-from moecomm.ops.count import SIGNATURE
-from moecomm.ops.sizes import SIGNED
+from moecomm.ops.signature import WIDTH
 from tests import reference
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
@@ -95,7 +94,7 @@ def test_a_token_travels_once_to_a_rank_and_one_sum_comes_back(ranks: int, k: in
     token, slots, weights = D * dtype.itemsize, k * (1 + 4), k * 4  # bytes: an id takes one, a float32 weight four
     for rank, (forward, backward) in enumerate(run_ranks(cost_here, ranks, k, dtype)):
         out, back = pairs[rank], pairs[:, rank]
-        header = 8 * (SIGNATURE + len(SIGNED))  # int64: pairs, slots, lowest and highest id, and what ranks must agree on
+        header = 8 * WIDTH  # int64: pairs, slots, lowest and highest id, and what ranks must agree on
         assert forward.bytes[0] == [header] * ranks
         assert sorted(forward.bytes[1:3]) == sorted([(out * slots).tolist(), (out * token).tolist()])
         assert forward.bytes[3] == (back * token).tolist()

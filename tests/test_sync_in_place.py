@@ -69,7 +69,7 @@ def in_place_here(src: int, bucket_bytes: int) -> None:
         model = Model(rank)
         with Traffic() as traffic:
             mf.sync_params_(model, None, src)
-        assert traffic.collectives == [GATHER] + ["broadcast"] * 5  # what is to be sent, then a dtype each
+        assert traffic.collectives == [A2A] + ["broadcast"] * 5  # what is to be sent, then a dtype each
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -117,13 +117,13 @@ def test_a_layer_sends_3_messages_for_4_forward_and_2_for_3_backward_and_gives_t
     expecttest.assert_expected_inline(
         forward,
         """\
-getitem, getitem_1 = moecomm::count(primals_2, 8, 2, [2, 8, 15, 16, 0, -1])
+getitem, getitem_1 = moecomm::count(primals_4, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3])
 all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
-view = aten::view(primals_6, [primals_1, 16])
+view = aten::view(primals_2, [primals_3, 16])
 wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
 getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
 getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
-slots_message_default = moecomm::slots_message(primals_2, primals_4, getitem, getitem_6, 4, False)
+slots_message_default = moecomm::slots_message(primals_4, primals_6, getitem, getitem_6, 4, False)
 gather_pairs_default = moecomm::gather_pairs(view, getitem_6, 2)
 rows_exchange_default = moecomm::rows_exchange([slots_message_default, gather_pairs_default], getitem_5, getitem_3, 0, GROUP)
 wait_tensor_default = _c10d_functional::wait_tensor(rows_exchange_default)
@@ -144,7 +144,7 @@ transpose_2 = aten::transpose.int(view_1, -2, -1)
 transpose_3 = aten::transpose.int(primals_7, -2, -1)
 wait_tensor_3 = _c10d_functional::wait_tensor(combine_exchange)
 weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, getitem_6, getitem_7)
-view_3 = aten::view(weighted_sum, [primals_1, 16])
+view_3 = aten::view(weighted_sum, [primals_3, 16])
 return view_3, getitem_5, getitem_6, getitem_7, getitem_10, getitem_11, getitem_12, getitem_13, _grouped_mm, view_2,
     transpose, transpose_1, transpose_2, transpose_3, primals_5, getitem_2, getitem_3, getitem_4""",
     )
@@ -170,7 +170,7 @@ weighted_sum_1 = moecomm::weighted_sum(take_rows_default, None, getitem_6, getit
 view_7 = aten::view(weighted_sum_1, [primals_5, 16])
 take_rows_default_1 = moecomm::take_rows(wait_tensor_default, 4, 2, torch.float32)
 weighted_sum_2 = moecomm::weighted_sum(take_rows_default_1, None, getitem_6, getitem_7)
-return None, None, None, weighted_sum_2, None, view_7, _grouped_mm_4, _grouped_mm_2""",
+return None, view_7, None, None, None, weighted_sum_2, _grouped_mm_4, _grouped_mm_2""",
     )
 
 

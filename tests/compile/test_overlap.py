@@ -254,7 +254,7 @@ def test_in_the_graph_the_shared_expert_runs_during_the_exchanges_and_weights_gr
     expecttest.assert_expected_inline(
         forward,
         """\
-getitem, getitem_1 = moecomm::count(input_1, 8, 2, [2, 8, 15, 16, 0, -1])
+getitem, getitem_1 = moecomm::count(input_1, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3])
 all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
 wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
 getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
@@ -318,5 +318,5 @@ wait_tensor_5 = _c10d_functional::wait_tensor(combine_exchange_1)
 weighted_sum_1 = moecomm::weighted_sum(wait_tensor_5, None, getitem_6, getitem_7)
 view_7 = aten::view(weighted_sum_1, [input_1, 16])
 add_77 = aten::add.Tensor(mm_5, view_7)
-return None, None, None, weighted_sum_2, None, add_77, _grouped_mm_4, _grouped_mm_2, mm_4, mm_2""",
+return None, add_77, None, None, None, weighted_sum_2, _grouped_mm_4, _grouped_mm_2, mm_4, mm_2""",
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.ops.count import count, count_cpu, count_fake, count_triton, keys_cpu, keys_fake, keys_triton, rank_keys
+from moecomm.ops.signature import NOT_FINITE
 from tests.ops.cases import assert_same_layout, guarded, routing, strided
 
 SIGNATURE = [2, 8, -1, 5]
@@ -30,7 +31,7 @@ def expected(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | Non
                 pairs[rank] += 1
                 keys[t, j] = rank
     flat = [expert for row in ids for expert in row] or [-1]
-    message = [[pairs[p], slots[p], min(flat), max(flat), experts.shape[0], *SIGNATURE] for p in range(ranks)]
+    message = [[pairs[p], slots[p], min(flat), max(flat), experts.shape[0], 0, *SIGNATURE] for p in range(ranks)]
     return keys, torch.tensor(message)
 
 
@@ -93,6 +94,17 @@ def test_slots_may_be_placed_on_any_rank(tokens: int, k: int, num_experts: int, 
     if tokens:
         experts[3, 0], placed[3, 0] = num_experts, -1
         check(experts, num_experts, ranks, device, placed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_counted(dtype: torch.dtype, device: str) -> None:
+    experts, weights = routing(40, 3, 8, seed=1), torch.rand(40, 3).to(dtype)
+    weights[3, 1], weights[39, 2], weights[0, 0] = float("nan"), float("inf"), -float("inf")
+    for wrong, factors in ((3, weights), (0, torch.zeros(40, 3, dtype=dtype))):
+        for implementation in (count_cpu, count_triton):
+            on = device if implementation is count_triton else "cpu"
+            _, message = implementation(experts.to(on), 8, 4, SIGNATURE, None, factors.to(on))
+            assert message[:, NOT_FINITE].tolist() == [wrong] * 4
 
 
 def test_count_passes_opcheck() -> None:

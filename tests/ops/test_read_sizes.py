@@ -7,14 +7,15 @@ from torch.library import opcheck
 
 from moecomm.ops.count import count
 from moecomm.ops.read_sizes import read_sizes
-from moecomm.ops.sizes import plan_sizes, signature
+from moecomm.ops.signature import signature
+from moecomm.ops.sizes import plan_sizes
 from tests.ops.cases import routing
 
 
 def test_the_sizes_are_those_of_plan_sizes() -> None:
     for tokens, seed in ((9, 0), (1, 1), (0, 2)):
         experts = routing(tokens, 2, 8, seed)
-        message = count(experts, 8, 4, signature(experts, torch.zeros(tokens, 2), 8, None))[1]
+        message = count(experts, 8, 4, signature(experts, torch.zeros(tokens, 2), 8))[1]
         *numbers, splits = plan_sizes(message, message)
         sizes, same = read_sizes(message, message)
         assert sizes.tolist() == numbers

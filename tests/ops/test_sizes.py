@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.errors import ExpertIdError, MoECommError
-from moecomm.ops.count import TOKENS, count
-from moecomm.ops.sizes import plan_sizes, signature
+from moecomm.ops.count import count
+from moecomm.ops.signature import TOKENS, signature
+from moecomm.ops.sizes import checked, plan_sizes
 from moecomm.ops.sort import MOST
 from tests.ops.cases import routing
 
@@ -19,9 +20,9 @@ NUM_EXPERTS = 8
 def message(
     experts: Tensor, ranks: int, weights_dtype: torch.dtype = torch.float32, like: Tensor | None = None, placement: int = -1
 ) -> Tensor:
-    """[P, 5 + signature]: what the rank with these experts sends."""
+    """[P, 6 + signature]: what the rank with these experts sends."""
     weights = torch.zeros(experts.shape, dtype=weights_dtype)
-    return count(experts, NUM_EXPERTS, ranks, signature(experts, weights, NUM_EXPERTS, like, placement))[1]
+    return count(experts, NUM_EXPERTS, ranks, signature(experts, weights, NUM_EXPERTS, () if like is None else (like,), placement))[1]
 
 
 def exchanged(*messages: Tensor) -> list[Tensor]:
@@ -93,6 +94,16 @@ def test_as_many_slots_as_int32_indices_number_are_taken() -> None:
     sent = message(torch.tensor([[0, 5]]), 1)
     sent[:, TOKENS] = MOST // 2
     assert plan_sizes(sent, sent)[:3] == (1, 1, 2)
+
+
+def test_static_mode_checks_the_same_but_for_the_number_of_slots() -> None:
+    keys = torch.tensor([[0, -1]], dtype=torch.int32)
+    good, bad = message(torch.tensor([[0, 5]]), 2), message(torch.tensor([[0, NUM_EXPERTS]]), 2)
+    good[:, TOKENS] = 2**40
+    assert checked(good, keys).equal(keys)
+    with pytest.raises(ExpertIdError, match="between 0 and 8 on rank 1 of the group"):
+        checked(torch.stack((good[0], bad[0])), keys)
+    opcheck(checked, (good, keys))
 
 
 def test_sizes_pass_opcheck() -> None:

@@ -11,7 +11,8 @@ from torch.library import opcheck
 from moecomm.ops.count import count
 from moecomm.ops.exchange import wait
 from moecomm.ops.fit import fit
-from moecomm.ops.sizes import plan_sizes, signature
+from moecomm.ops.signature import signature
+from moecomm.ops.sizes import plan_sizes
 from moecomm.ops.slots import (
     exchange_slots,
     message_cpu,
@@ -49,7 +50,7 @@ def held(rank: int, tokens: int, k: int, num_experts: int) -> tuple[Tensor, Tens
 def arguments(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[object, ...]:
     """What exchange_slots takes after the weights: (experts, keys, order, position, local, splits, received, group)."""
     ranks, group = dist.get_world_size(), dist.group.WORLD.group_name
-    keys, sent = count(experts, num_experts, ranks, signature(experts, weights, num_experts, None))
+    keys, sent = count(experts, num_experts, ranks, signature(experts, weights, num_experts))
     pairs = [1] * ranks
     s, r, _, splits = plan_sizes(sent, wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group)))
     order, position, _ = counting_sort(keys, ranks, s)

@@ -1,0 +1,158 @@
+"""Ranks that call different things, or one in different ways: the same error on all, before a token is sent, and a group that works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moecomm.functional as mf
+from moecomm.errors import ExpertIdError, MoECommError
+from tests.spawn import run_ranks
+from tests.test_bad_input import assert_the_group_still_works
+from tests.traffic import Traffic
+
+T, D, K, E = 6, 5, 2, 4
+PLACEMENT = [[1, 0], [3, 2]]
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones(T, D), torch.arange(T * K).view(T, K) % E, torch.ones(T, K)
+
+
+def plan(**changed: Any) -> None:
+    x, experts, weights = inputs()
+    mf.plan(**{"experts": experts, "weights": weights, "num_experts": E, "like": x, **changed})
+
+
+def without_gradients() -> None:
+    with torch.no_grad():
+        plan(weights=torch.ones(T, K, requires_grad=True))
+
+
+def two_plans(first: int, then: int) -> None:
+    for num_experts in (first, then):
+        plan(num_experts=num_experts)
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "plan": plan,
+    "static": lambda: plan(max_rows=T, check=True),
+    "static, shorter": lambda: plan(max_rows=T - 1, check=True),
+    "plan of weights with a gradient": lambda: plan(weights=torch.ones(T, K, requires_grad=True)),
+    "plan of like with a gradient": lambda: plan(like=torch.ones(T, D, requires_grad=True)),
+    "plan under no_grad": without_gradients,
+    "plan with a companion": lambda: plan(like=(torch.ones(T, D), torch.ones(T, 3))),
+    "plan with a wider companion": lambda: plan(like=(torch.ones(T, D), torch.ones(T, 4))),
+    "plan with a companion of integers": lambda: plan(like={"x": torch.ones(T, D), "y": torch.ones(T, 3, dtype=torch.int64)}),
+    "sync_params_": lambda: mf.sync_params_(torch.ones(3), None),
+    "sync_replicas_": lambda: mf.sync_replicas_(torch.ones(2, 3), PLACEMENT),
+    "4 experts, then 8": lambda: two_plans(4, 8),
+    "8 experts, then 4": lambda: two_plans(8, 4),
+}
+SAME = "it must be the same on every rank"
+CASES = [
+    ("plan", "static", "function was plan on rank 0, plan with max_rows on rank 1 of the group"),
+    ("plan", "sync_params_", "function was plan on rank 0, sync_params_ on rank 1 of the group"),
+    ("sync_replicas_", "sync_params_", "function was sync_replicas_ on rank 0, sync_params_ on rank 1 of the group"),
+    ("static", "sync_replicas_", "function was plan with max_rows on rank 0, sync_replicas_ on rank 1 of the group"),
+    ("static", "static, shorter", "max_rows was 6 on rank 0, 5 on rank 1 of the group"),
+    (
+        "plan",
+        "plan of weights with a gradient",
+        "requires_grad was of neither weights nor like on rank 0, of weights on rank 1 of the group",
+    ),
+    ("plan of like with a gradient", "plan", "requires_grad was of like on rank 0, of neither weights nor like on rank 1 of the group"),
+    (
+        "plan under no_grad",
+        "plan of weights with a gradient",
+        "requires_grad was of neither weights nor like on rank 0, of weights on rank 1 of the group",
+    ),
+    ("plan", "plan with a companion", "like's other tensors was not given on rank 0, of checksum "),
+    ("plan with a wider companion", "plan with a companion", "like's other tensors was of checksum "),
+    ("plan with a companion", "plan with a companion of integers", "like's other tensors was of checksum "),
+    ("4 experts, then 8", "8 experts, then 4", "num_experts was 4 on rank 0, 8 on rank 1 of the group"),
+]
+
+
+def raised_here(pairs: list[tuple[str, str]]) -> list[str]:
+    texts = []
+    for pair in pairs:
+        with Traffic() as traffic, pytest.raises(MoECommError) as raised:
+            CALLS[pair[dist.get_rank()]]()
+        assert len(traffic.bytes) == 1, "the check is a message of its own"
+        assert type(raised.value) is MoECommError
+        assert_the_group_still_works()
+        texts.append(str(raised.value))
+    return texts
+
+
+def test_ranks_that_call_different_things_get_the_same_error_from_the_one_message_that_is_sent_anyway() -> None:
+    first, second = run_ranks(raised_here, 2, [case[:2] for case in CASES])
+    assert first == second
+    for text, (*_, begin) in zip(first, CASES, strict=True):
+        assert text.startswith(begin)
+        assert text.endswith(SAME)
+
+
+def calls_here() -> None:
+    """Each of them, made by all ranks, raises nothing."""
+    for call in CALLS.values():
+        call()
+
+
+def test_ranks_that_agree_raise_nothing() -> None:
+    run_ranks(calls_here, 2)
+
+
+def faulty(max_rows: int | None, weight: float, expert: int) -> tuple[type, str]:
+    _, experts, weights = inputs()
+    if dist.get_rank() == 1:
+        weights[2, 1], weights[4, 0], experts[1, 1] = weight, weight, expert
+    with pytest.raises(MoECommError) as raised:
+        plan(experts=experts, weights=weights, max_rows=max_rows, check=True)
+    assert_the_group_still_works()
+    return type(raised.value), str(raised.value)
+
+
+@pytest.mark.parametrize("max_rows", [None, T])
+def test_check_finds_weights_that_are_not_finite_and_ids_out_of_range_on_every_rank(max_rows: int | None) -> None:
+    for weight in (float("nan"), -float("inf")):
+        for error, text in run_ranks(faulty, 2, max_rows, weight, 0):
+            assert error is MoECommError
+            assert text == "weights was NaN or infinite in 2 slots on rank 1 of the group; with check=True it must be finite"
+    for error, text in run_ranks(faulty, 2, max_rows, 1.0, E):
+        assert error is ExpertIdError
+        assert text == f"experts was between 0 and {E} on rank 1 of the group; ids must be in [-1, num_experts) = [-1, {E})"
+
+
+@pytest.mark.parametrize("max_rows", [None, T])
+def test_check_without_a_group(max_rows: int | None) -> None:
+    _, experts, weights = inputs()
+    weights[0, 0] = float("nan")
+    with pytest.raises(MoECommError, match="weights was NaN or infinite in 1 slots on rank 0"):
+        plan(experts=experts, weights=weights, max_rows=max_rows, check=True)
+    with pytest.raises(ExpertIdError):
+        plan(experts=experts + 1, max_rows=max_rows, check=True)
+    plan(experts=experts, weights=weights, max_rows=max_rows)  # an option
+
+
+def compiled_here() -> None:
+    _, experts, weights = inputs()
+    for max_rows in (None, T):
+        made = torch.compile(
+            lambda experts, weights, max_rows=max_rows: mf.plan(experts, weights, E, max_rows=max_rows, check=True).weights * 1,
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        made(experts, weights)
+        with pytest.raises(MoECommError, match="weights was NaN or infinite in 12 slots on rank 0"):
+            made(experts, weights * float("nan"))
+
+
+def test_compiled_code_checks_alike() -> None:
+    run_ranks(compiled_here, 2, timeout=120)
