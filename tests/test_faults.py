@@ -1,273 +1,174 @@
-"""A rank that dies, raises or hangs fails the others in the group's timeout; one without tokens takes part; two groups take turns."""
+"""A rank that is killed, is stopped or raises, in each place of a layer: the others fail in the group's timeout, and say in which."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
+import functools
+import resource
 import signal
-import socket
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
-from multiprocessing.connection import Connection
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 import moecomm.functional as mf
-from moecomm.group import GroupLike
-from tests import reference
-from tests.spawn import run_ranks
-
-RANKS, FAULTY, TIMEOUT = 3, 1, 5.0  # TIMEOUT: of the group, in seconds
-START, LATE = 150.0, 20.0  # seconds that ranks get to start, and more than TIMEOUT to fail, on a loaded machine
-E, K, D = 4, 2, 6
+from tests.faults import FAULTY, LATE, PLACES, RANKS, TIMEOUT, At, Ended, Fault, Ranks, lost_ranks, nowhere, step, told_of_exchanges
 
 
-def scaled(rows: Tensor, scale: Tensor, offsets: Tensor) -> Tensor:
-    """Experts that multiply: row [N, D] of local expert e times scale[e]."""
-    expert = torch.searchsorted(offsets, torch.arange(rows.shape[0], dtype=offsets.dtype), right=True)  # [N]
-    return rows * scale[expert].unsqueeze(1)
-
-
-class Ended(NamedTuple):
-    """How a rank's process ended."""
-
-    error: str | None  # what its layer raised; None where it raised nothing, was killed or hung
-    seconds: float  # after the layer began
-    exit_code: int
-
-
-def serve(rank: int, port: int, fault: Callable[[str], None], pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.TCPStore("127.0.0.1", port, RANKS, is_master=rank == 0, timeout=timedelta(seconds=START))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=START))
-    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-    step(dist.group.WORLD, lambda where: None)  # what is slow the first time
-    dist.barrier()
-    began = time.monotonic()
-    try:
-        step(group, fault if rank == FAULTY else lambda where: None)
-    except Exception as error:
-        pipe.send((f"{type(error).__name__}: {error}", time.monotonic() - began))
-    else:
-        pipe.send((None, time.monotonic() - began))
-
-
-def step(group: dist.ProcessGroup, fault: Callable[[str], None]) -> None:
-    """A layer, forward and backward, whose experts have the fault."""
-    x = torch.ones(5, D, requires_grad=True)
-    plan = mf.plan(torch.arange(10).view(5, K) % 3, torch.ones(5, K), 3, group, like=x)
-    rows = mf.dispatch(x, plan)
-    fault("forward")
-    rows.register_hook(lambda grad: fault("backward"))
-    mf.combine(rows * 2, plan).sum().backward()
-
-
-def killed_forward(where: str) -> None:
-    if where == "forward":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_backward(where: str) -> None:
-    if where == "backward":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def raises_forward(where: str) -> None:
-    if where == "forward":
-        raise ArithmeticError("in an expert")
-
-
-def raises_backward(where: str) -> None:
-    if where == "backward":
-        raise ArithmeticError("in an expert")
-
-
-def hangs_forward(where: str) -> None:
-    if where == "forward":
-        time.sleep(600)
-
-
-def hangs_backward(where: str) -> None:
-    if where == "backward":
-        time.sleep(600)
-
-
-def ends_of(fault: Callable[[str], None]) -> list[Ended]:
-    """Run a layer on ranks of which one has the fault; processes of their own, since they do not survive it."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional"])  # as the pools do: it is the same server
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(RANKS):
-        ours, theirs = context.Pipe(duplex=False)
-        processes.append(context.Process(target=serve, args=(rank, port, fault, theirs)))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    told: list[tuple[str | None, float]] = [(None, 0.0)] * RANKS
-    try:
-        for rank in sorted(range(RANKS), key=lambda rank: rank == FAULTY):  # the faulty one last: the others do not wait for it
-            with suppress(EOFError):  # it was killed
-                if pipes[rank].poll(1.0 if rank == FAULTY else START + TIMEOUT + LATE):
-                    told[rank] = pipes[rank].recv()
-                else:
-                    assert rank == FAULTY, f"rank {rank} hangs"
-                    processes[rank].kill()
-        for process in processes:
-            process.join(LATE)
-        assert [process.pid for process in processes if process.exitcode is None] == []  # none is left behind
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return [Ended(*each, process.exitcode or 0) for each, process in zip(told, processes, strict=True)]
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with lost_ranks() as started:
+        yield started
 
 
 def others(ends: list[Ended]) -> list[Ended]:
     return ends[:FAULTY] + ends[FAULTY + 1 :]
 
 
-def assert_failed_in_time(end: Ended) -> None:
-    """By an error of gloo's in the layer, after which the process ended by itself."""
+def assert_failed_in_time(end: Ended, place: str = "") -> None:
+    """By an error of gloo's, in the group's timeout, that says what the rank waited for: what the others wait for that lost one there."""
     assert end.error is not None
     assert end.error.startswith("RuntimeError: ")
     assert "gloo" in end.error
+    assert f"\nmoecomm: while waiting for {PLACES.get(place, '')}" in end.error
     assert end.seconds < TIMEOUT + LATE
-    assert end.exit_code == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [killed_forward, killed_backward])
-def test_a_rank_that_is_killed_in_its_experts_fails_the_others_in_the_groups_timeout(fault: Callable[[str], None]) -> None:
-    ends = ends_of(fault)
-    assert ends[FAULTY].exit_code == -signal.SIGKILL
-    for end in others(ends):
-        assert_failed_in_time(end)
+def test_a_rank_that_is_killed_in_any_place_fails_the_others_which_say_where(ranks: Ranks) -> None:
+    for place in PLACES:
+        ends = ranks.case(Fault("killed", place))
+        assert ends[FAULTY].exit_code == -signal.SIGKILL
+        for end in others(ends):
+            assert_failed_in_time(end, place)
+
+
+FEW = ["dispatch's backward"]
+MANY = [pytest.param([place], marks=pytest.mark.exhaustive, id=place) for place in PLACES if place not in FEW]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [raises_forward, raises_backward])
-def test_a_rank_whose_experts_raise_ends_and_fails_the_others_in_the_groups_timeout(fault: Callable[[str], None]) -> None:
-    ends = ends_of(fault)
-    assert (ends[FAULTY].error, ends[FAULTY].exit_code) == ("ArithmeticError: in an expert", 0)
-    for end in others(ends):
-        assert_failed_in_time(end)
+@pytest.mark.parametrize("places", [pytest.param(FEW, id="some"), *MANY])
+def test_a_rank_that_is_stopped_in_any_place_fails_the_others_after_the_groups_timeout(ranks: Ranks, places: list[str]) -> None:
+    for place in places:
+        ends = ranks.case(Fault("stopped", place))
+        for end in ends:  # and its own exchange fails it, once it goes on
+            assert_failed_in_time(end, place)
+        assert min(end.seconds for end in ends) > 0.9 * TIMEOUT
+    assert [end.error for end in ranks.case(None)] == [None] * RANKS  # the same processes, in a new group
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [hangs_forward, hangs_backward])
-def test_a_rank_that_does_not_come_fails_the_others_after_the_groups_timeout(fault: Callable[[str], None]) -> None:
-    ends = ends_of(fault)
-    for end in others(ends):
+def test_a_rank_whose_experts_raise_ends_and_fails_the_others(ranks: Ranks) -> None:
+    for place in ("experts", "experts' backward"):
+        ends = ranks.case(Fault("raises", place))
+        assert (ends[FAULTY].error, ends[FAULTY].exit_code) == ("ArithmeticError: in an expert\n", 0)
+        for end in others(ends):
+            assert_failed_in_time(end, place)
+
+
+def compiled_step(group: dist.ProcessGroup, at: At) -> None:
+    x, weights = torch.ones(5, 6, requires_grad=True), torch.ones(5, 2, requires_grad=True)
+    with told_of_exchanges(at):
+        compiled_layer(x, torch.arange(10).view(5, 2) % 3, weights, group.group_name).sum().backward()
+
+
+@functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+def compiled_layer(x: Tensor, experts: Tensor, weights: Tensor, group: str) -> Tensor:
+    plan = mf.plan(experts, weights, 3, group, like=x)
+    return mf.combine(mf.dispatch(x, plan) * 2, plan)
+
+
+@pytest.mark.slow
+def test_compiled_code_says_where_it_waited_too(ranks: Ranks) -> None:
+    for place in ("dispatch", "combine's backward"):
+        for end in others(ranks.case(Fault("killed", place), compiled_step)):
+            assert_failed_in_time(end, place)
+
+
+def two_groups(group: dist.ProcessGroup, at: At) -> None:
+    """A layer over each of two groups of the same ranks; a rank that is astray takes the second group first."""
+    groups = [group, dist.new_group(timeout=group._get_backend(torch.device("cpu")).options._timeout)]
+    if at("counts"):
+        groups.reverse()
+    for each in groups:
+        step(each, nowhere)
+
+
+@pytest.mark.slow
+def test_ranks_that_enter_the_exchanges_of_two_groups_in_different_orders_fail_in_time(ranks: Ranks) -> None:
+    """The circular wait of two groups' collectives: torchrec pull request 4149, and DeepEP issue 496, where it hung."""
+    for end in ranks.case(Fault("astray", "counts"), two_groups):
+        assert_failed_in_time(end, "counts")
+        assert end.seconds > 0.9 * TIMEOUT
+
+
+def cut_graph(group: dist.ProcessGroup, at: At) -> None:
+    """Of rank FAULTY's expert nobody wants anything; a rank that is astray then gives rows that have nothing to do with what came."""
+    x, weights = torch.ones(5, 64, requires_grad=True), torch.ones(5, 1, requires_grad=True)
+    plan = mf.plan(torch.arange(5).view(5, 1) % 2 * (RANKS - 1), weights, RANKS, group, like=x)
+    rows = mf.dispatch(x, plan)
+    rows = torch.empty(0, 64) if at("experts") else rows * 2
+    mf.combine(rows, plan).sum().backward()
+
+
+@pytest.mark.slow
+def test_experts_whose_result_is_cut_from_the_graph_fail_the_others_in_time(ranks: Ranks) -> None:
+    """PaddleFormers pull request 3010: experts that gave a new empty tensor where no token came skipped an exchange of the backward, and
+    the others waited for it for ever. Here gloo finds that the next one does not fit, and ends that rank's process."""
+    for end in others(ranks.case(Fault("astray", "experts"), cut_graph)):
         assert_failed_in_time(end)
-    assert min(end.seconds for end in others(ends)) > 0.9 * TIMEOUT
+        assert "(backward)" in str(end.error)
 
 
-class Share(NamedTuple):
-    """What a rank has of the results: y and gradients."""
-
-    y: Tensor
-    x: Tensor
-    scales: list[Tensor]
+MEBI = 2**20
+NO_MEMORY = "moecomm: no memory for the tokens of dispatch; nothing was sent"
 
 
-def tokens_of(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, D], weights [T, K] and the gradient of y [T, D] of all ranks' tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(sum(shape), wide, generator=generator, dtype=torch.float64) for wide in (D, K, D))  # type: ignore[return-value]
+def one_has_no_memory(group: dist.ProcessGroup, at: At) -> None:
+    """All tokens go to rank FAULTY, 192 MiB; one that is astray has memory for the 64 MiB that it sends, but not for these."""
+    x = torch.zeros(2, 8 * MEBI)
+    plan = mf.plan(torch.full((2, 1), FAULTY), torch.ones(2, 1), RANKS, group, like=x)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if at("dispatch"):
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 120 * MEBI, hard))
+    try:
+        mf.dispatch(x, plan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def scales_of(layers: int) -> list[Tensor]:
-    return list(1 + torch.rand(layers, E, generator=torch.Generator().manual_seed(7), dtype=torch.float64))
+def none_has_memory(group: dist.ProcessGroup, at: At) -> None:
+    """No rank has memory for the 8 rows that it is sent; after which the group does what it did before."""
+    tokens = 1 + group.rank() ** 2
+    x, empty = torch.ones(tokens, 4), Tensor.new_empty
+
+    def full(tensor: Tensor, *size: Any, **keywords: Any) -> Tensor:
+        if size[0] == 8:
+            raise torch.OutOfMemoryError("it is full")
+        return empty(tensor, *size, **keywords)
+
+    plan = mf.plan(torch.arange(RANKS).expand(tokens, -1), torch.ones(tokens, RANKS), RANKS, group, like=x)
+    with patch.object(Tensor, "new_empty", full), pytest.raises(torch.OutOfMemoryError, match="it is full") as raised:
+        mf.dispatch(x, plan)
+    assert NO_MEMORY in raised.value.__notes__[0]
+    assert mf.dispatch(x, plan).shape == (8, 4)
 
 
-def truth(shape: tuple[int, ...], seed: int, experts: list[Tensor], parallel: bool) -> Share:
-    """All experts densely: layers one behind the other, or side by side and added up."""
-    x, weights, grad = tokens_of(shape, seed)
-    leaves = [x.requires_grad_(), *(scale.clone().requires_grad_() for scale in scales_of(len(experts)))]
-    factors = [(reference.mix(ids, weights, E) @ scale).unsqueeze(1) for ids, scale in zip(experts, leaves[1:], strict=True)]
-    y = sum((x * factor for factor in factors), torch.zeros_like(x)) if parallel else x * factors[0] * factors[1]
-    gradients = torch.autograd.grad(y, leaves, grad)
-    return Share(y.detach(), gradients[0], list(gradients[1:]))
+@pytest.mark.slow
+def test_a_rank_without_memory_for_what_it_is_sent_fails_the_others(ranks: Ranks) -> None:
+    ends = ranks.case(Fault("astray", "dispatch"), one_has_no_memory)
+    assert "allocate" in str(ends[FAULTY].error)
+    assert NO_MEMORY in str(ends[FAULTY].error)
+    for end in others(ends):
+        assert_failed_in_time(end, "dispatch")
 
 
-def layer(x: Tensor, ids: Tensor, weights: Tensor, scale: Tensor, group: GroupLike) -> Tensor:
-    plan = mf.plan(ids, weights, E, group, like=x)
-    return mf.combine(scaled(mf.dispatch(x, plan), scale, plan.offsets), plan)
-
-
-SHAPE, STEPS = (3, 0, 4, 2), 20
-
-
-def starving(step: int) -> list[Tensor]:
-    """Two layers' experts: all tokens choose one expert, another one each step, but those of a rank in turn, which choose none."""
-    first = [torch.full((tokens, K), -1 if rank == step % 5 else step % E) for rank, tokens in enumerate(SHAPE)]
-    return [torch.cat(first), torch.full((sum(SHAPE), K), (step // E) % E)]
-
-
-def starving_here() -> list[Share]:
-    rank, shares = dist.get_rank(), []
-    own = slice(sum(SHAPE[:rank]), sum(SHAPE[: rank + 1]))
-    for number in range(STEPS):
-        x, weights, grad = (part[own] for part in tokens_of(SHAPE, number))
-        leaves = [x.requires_grad_(), *(scale[rank : rank + 1].clone().requires_grad_() for scale in scales_of(2))]
-        y = x
-        for ids, scale in zip(starving(number), leaves[1:], strict=True):
-            y = layer(y, ids[own], weights, scale, None)
-        gradients = torch.autograd.grad(y, leaves, grad)
-        shares.append(Share(y.detach(), gradients[0], list(gradients[1:])))
-    return shares
-
-
-def test_ranks_that_send_none_and_that_get_none_take_part_in_every_exchange() -> None:
-    assert len(SHAPE) == E  # an expert each
-    for number, *shares in zip(range(STEPS), *run_ranks(starving_here, len(SHAPE)), strict=True):
-        want = truth(SHAPE, number, starving(number), parallel=False)
-        torch.testing.assert_close(torch.cat([share.y for share in shares]), want.y)
-        torch.testing.assert_close(torch.cat([share.x for share in shares]), want.x)
-        for i, scale in enumerate(want.scales):
-            torch.testing.assert_close(torch.cat([share.scales[i] for share in shares]), scale)
-
-
-def ids_of(number: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(100 + number)
-    return [torch.randint(-1, E, (sum(SHAPE), K), generator=generator) for _ in range(2)]
-
-
-def interleaved_here() -> list[Share]:
-    """The same tokens through a layer over this rank's row of the mesh and one over its column, their exchanges in turns."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("column", "row"))
-    rank, groups = dist.get_rank(), (mesh["row"], mesh["column"])
-    own, shares = slice(sum(SHAPE[:rank]), sum(SHAPE[: rank + 1])), []
-    for number in range(5):
-        x, weights, grad = (part[own] for part in tokens_of(SHAPE, number))
-        mine = [group.get_local_rank() for group in groups]
-        leaves = [x.requires_grad_(), *(s.chunk(2)[i].clone().requires_grad_() for s, i in zip(scales_of(2), mine, strict=True))]
-        row, column = (mf.plan(ids[own], weights, E, group, like=x) for ids, group in zip(ids_of(number), groups, strict=True))
-        to_row, to_column = mf.dispatch(x, row), mf.dispatch(x, column)
-        of_column = mf.combine(scaled(to_column, leaves[2], column.offsets), column)
-        y = mf.combine(scaled(to_row, leaves[1], row.offsets), row) + of_column
-        gradients = torch.autograd.grad(y, leaves, grad)
-        shares.append(Share(y.detach(), gradients[0], list(gradients[1:])))
-    return shares
-
-
-def test_the_exchanges_of_two_groups_of_the_same_ranks_take_turns() -> None:
-    for number, *shares in zip(range(5), *run_ranks(interleaved_here, 4), strict=True):
-        want = truth(SHAPE, number, ids_of(number), parallel=True)
-        torch.testing.assert_close(torch.cat([share.y for share in shares]), want.y)
-        torch.testing.assert_close(torch.cat([share.x for share in shares]), want.x)
-        # The ranks that hold an expert, 0 and 2 or 1 and 3 in rows, 0 and 1 or 2 and 3 in columns, each have a part of its gradient.
-        for i, ((a, b), (c, d)) in enumerate((((0, 2), (1, 3)), ((0, 1), (2, 3)))):
-            part = [share.scales[i] for share in shares]
-            torch.testing.assert_close(torch.cat((part[a] + part[b], part[c] + part[d])), want.scales[i])
+@pytest.mark.slow
+def test_a_group_of_which_no_rank_had_memory_can_be_used_afterwards(ranks: Ranks) -> None:
+    assert [end.error for end in ranks.case(None, none_has_memory)] == [None] * RANKS
