@@ -46,13 +46,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## ratios to a copy of the same bytes and to other ways of the same layer, into benchmarks/results
-	$(BIN)/python -m benchmarks.floors
-	$(BIN)/python -m benchmarks.layer
+bench: $(READY)  ## ratios to floors and to other ways of the same layer, into benchmarks/results and docs/benchmarks.md: under 10 minutes on 2 cores
+	for each in floors layer experts sweep links figures; do $(BIN)/python -m benchmarks.$$each || exit 1; done
 
 gpu: $(READY)  ## the same on a GPU, on one process
-	$(BIN)/python -m benchmarks.floors --device cuda
-	$(BIN)/python -m benchmarks.layer --device cuda
+	for each in floors layer experts sweep; do $(BIN)/python -m benchmarks.$$each --device cuda || exit 1; done
+	$(BIN)/python -m benchmarks.figures
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

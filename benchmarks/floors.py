@@ -1,104 +1,97 @@
-"""How far each op is from the floor: one copy of the rows it writes or reads, on the same device, in the same run.
+"""How far each op is from the floor: one copy of the T * K rows into memory that is already mapped, on the same device, in the same run.
 
     python -m benchmarks.floors            # or: make bench
     python -m benchmarks.floors --device cuda
 
-Each line: the ratio first, then what it is a ratio to. Every op is checked against plain torch before it is timed.
+Every op is checked against plain torch before it is timed. On a GPU, what counts is the share of the copy's bandwidth: for a gather that
+reads and writes N rows, for a sum that reads N and writes T; and the plan's time in static mode, by itself and as a CUDA graph.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import moecomm.functional as mf
+from benchmarks.captured import captured
+from benchmarks.inputs import routed
+from benchmarks.timing import Line, command, compared, interleaved, said
 from moecomm.ops.gather import gather
 from moecomm.ops.weighted_sum import weighted_sum
 from moecomm.ops.weighted_sum_backward import weighted_sum_backward
 
-TOKENS, DIM, EXPERTS, TOP_K = 4096, 1024, 64, 8
-REPEATS = 9
+
+class Sizes(NamedTuple):
+    tokens: int
+    dim: int
+    experts: int
+    k: int
+
+
+ON_CPU = (Sizes(4096, 1024, 64, 8),)
+ON_GPU = (Sizes(8192, 7168, 256, 8), Sizes(16384, 2048, 128, 8))
+REPEATS = 15
+COPY = "copy"
+STATIC, GRAPH = "plan, static", "plan, static, in a CUDA graph"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    device = parser.parse_args().device
-    lines = [line for dtype in (torch.float32, torch.bfloat16) for line in measure(device, dtype)]
-    for line in lines:
-        print(f"{line['ratio']:6.2f} ({line['low']:.2f} to {line['high']:.2f})  {line['op']}, {line['dtype']}: to {line['to']}")
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    about = {"device": name, "torch": torch.__version__, "tokens": TOKENS, "dim": DIM, "experts": EXPERTS, "top_k": TOP_K}
-    file = Path(__file__).parent / "results" / f"floors_{device}.json"
-    file.write_text(json.dumps({"about": about, "lines": lines}, indent=1) + "\n")
+    command("floors", measure, lambda device: {"sizes": [each._asdict() for each in (ON_GPU if device == "cuda" else ON_CPU)]}, __doc__)
 
 
-def measure(device: str, dtype: torch.dtype) -> list[dict[str, object]]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, DIM, generator=generator).to(device, dtype)
-    scores = torch.rand(TOKENS, EXPERTS, generator=generator)
-    experts, weights = scores.topk(TOP_K).indices.to(device), torch.rand(TOKENS, TOP_K, generator=generator).to(device, dtype)
-    plan = mf.plan(experts, weights, EXPERTS)
+def measure(device: str, memory: str) -> list[Line]:
+    if device == "cuda":
+        return [line for size in ON_GPU for line in said(ops(device, torch.bfloat16, size), memory)]
+    return [line for size in ON_CPU for dtype in (torch.float32, torch.bfloat16) for line in said(ops(device, dtype, size), memory)]
+
+
+def ops(device: str, dtype: torch.dtype, size: Sizes) -> list[Line]:
+    x, experts, exact, grad = routed(size.tokens, size.dim, size.experts, size.k, dtype, device)
+    x, weights = x.detach(), exact.detach()
+    plan = mf.plan(experts, weights, size.experts, like=x)
     order, position = plan.row_order, plan.row_position
     rows = gather(x, order, position)  # [N, D], N = T * K
-    grad = torch.randn_like(x)
     check(x, rows, weights, grad, order, position)
     target = torch.empty_like(rows)
-    copy = lambda: target.copy_(rows)  # noqa: E731 - into memory that is already mapped
     cases = {
-        "gather": lambda: gather(x, order, position),
-        "weighted_sum": lambda: weighted_sum(rows, weights, order, position),
-        "weighted_sum_backward": lambda: weighted_sum_backward(grad, rows, weights, order, position),
-        "plan": lambda: mf.plan(experts, weights, EXPERTS),
+        "gather": partial(gather, x, order, position),
+        "weighted_sum": partial(weighted_sum, rows, weights, order, position),
+        "sum": partial(weighted_sum, rows, None, order, position),  # the backward of a gather
+        "weighted_sum_backward": partial(weighted_sum_backward, grad, rows, weights, order, position),
+        "plan": partial(mf.plan, experts, weights, size.experts, like=x),
     }
-    times = interleaved({"copy": copy, **cases}, device)
-    lines = []
-    for op in cases:
-        ratios = [a / b for a, b in zip(times[op], times["copy"], strict=True)]
-        line = {"op": op, "dtype": str(dtype).removeprefix("torch."), "ratio": statistics.median(ratios), "low": min(ratios)}
-        lines.append(line | {"high": max(ratios), "to": f"one copy of the {TOKENS} x {TOP_K} rows of {DIM}"})
+    if dtype != torch.float32:  # a layer's weights are float32
+        cases["weighted_sum, weights of the same dtype"] = partial(weighted_sum, rows, weights.to(dtype), order, position)
+    if device == "cuda":
+        cases[STATIC] = partial(mf.plan, experts, weights, size.experts, like=x, max_rows=size.tokens)
+        cases[GRAPH] = captured(cases[STATIC])
+    times = interleaved({COPY: lambda: target.copy_(rows), **cases}, device, REPEATS)
+    base = {"what": "op", "dtype": str(dtype).removeprefix("torch.")} | size._asdict()
+    lines = [compared(times, op, COPY) | base for op in cases]
+    summed = (1 + 1 / size.k) / 2  # of a copy's bytes: N rows read and T written, where a copy reads and writes N
+    for op, bytes_of_a_copy in (("gather", 1.0), ("weighted_sum", summed), ("sum", summed)):
+        lines.append(
+            compared(times, COPY, op, scale=bytes_of_a_copy) | base | {"case": op, "to": "a copy's bandwidth", "what": "bandwidth"}
+        )
     return lines
 
 
 def check(x: Tensor, rows: Tensor, weights: Tensor, grad: Tensor, order: Tensor, position: Tensor) -> None:
     """Raise unless the ops give what plain torch does."""
-    token = order.long() // TOP_K
+    token, part = order.long() // position.shape[1], slice(0, 512)  # a part of the tokens, where float64 of all would not fit
     torch.testing.assert_close(rows, x[token])
-    slots = rows[position.long()]  # [T, K, D]
+    slots = rows[position[part].long()].double()  # [512, K, D]
     loose = {"rtol": 2e-2, "atol": 5e-2} if x.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    expected = torch.einsum("tk,tkd->td", weights.double(), slots.double())
-    torch.testing.assert_close(weighted_sum(rows, weights, order, position).double(), expected, **loose)
+    expected = torch.einsum("tk,tkd->td", weights[part].double(), slots)
+    torch.testing.assert_close(weighted_sum(rows, weights, order, position)[part].double(), expected, **loose)
+    torch.testing.assert_close(weighted_sum(rows, None, order, position)[part].double(), slots.sum(1), **loose)
     grad_rows, grad_weights = weighted_sum_backward(grad, rows, weights, order, position)
-    torch.testing.assert_close(grad_rows, (weights.flatten()[order.long(), None] * grad[token]), **loose)
-    dots = torch.einsum("td,tkd->tk", grad.double(), slots.double())
-    torch.testing.assert_close(grad_weights.double(), dots, rtol=loose["rtol"], atol=1.0 if x.dtype == torch.bfloat16 else 1e-2)
-
-
-def interleaved(cases: dict[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
-    """Seconds of each case, repeat by repeat, so that what else the machine does falls on all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for repeat in range(REPEATS + 2):
-        for name, case in cases.items():
-            synchronize(device)
-            start = time.perf_counter()
-            case()
-            synchronize(device)
-            if repeat >= 2:  # the first ones warm up
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.testing.assert_close(grad_rows, (weights.flatten()[order.long(), None] * grad[token]).to(x.dtype), **loose)
+    dots = torch.einsum("td,tkd->tk", grad[part].double(), slots)
+    torch.testing.assert_close(grad_weights[part].double(), dots, rtol=loose["rtol"], atol=1.0 if x.dtype == torch.bfloat16 else 1e-2)
 
 
 if __name__ == "__main__":

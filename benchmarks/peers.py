@@ -208,29 +208,32 @@ ON_RANKS: dict[str, Layer] = {MOECOMM: moecomm, "k_fold": k_fold, "by_expert": b
 ON_ONE: dict[str, Layer] = {**ON_RANKS, "expert_loop": expert_loop, "one_hot": one_hot}
 
 
-def check(layer: Layer, dtype: torch.dtype, k: int, dim: int = 24, num_experts: int = 16) -> None:
+def check(
+    layer: Layer, dtype: torch.dtype, k: int, dim: int = 24, num_experts: int = 16, *, dropped: float = 0.2, device: str = "cpu"
+) -> None:  # fmt: skip
     """Raise unless a layer is the dense float64 one, with its gradients, where slots are dropped and each expert scales its rows anew.
 
     The default process group's ranks have different numbers of tokens, and routings of their own.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seed = torch.Generator().manual_seed(rank)
-    x = torch.randn(29 + 7 * rank, dim, generator=seed).to(dtype).requires_grad_()
+    x = torch.randn(29 + 7 * rank, dim, generator=seed).to(device, dtype).requires_grad_()
     experts = torch.rand(x.shape[0], num_experts, generator=seed).topk(k).indices
-    experts = experts.masked_fill(torch.rand(experts.shape, generator=seed) < 0.2, -1)
-    weights = torch.rand(experts.shape, generator=seed).requires_grad_()
-    grad = torch.randn(x.shape, generator=seed).to(dtype)
-    scale = torch.randn(num_experts, dim, generator=torch.Generator().manual_seed(k))
+    experts = experts.masked_fill(torch.rand(experts.shape, generator=seed) < dropped, -1).to(device)
+    weights = torch.rand(experts.shape, generator=seed).to(device).requires_grad_()
+    grad = torch.randn(x.shape, generator=seed).to(device, dtype)
+    scale = torch.randn(num_experts, dim, generator=torch.Generator().manual_seed(k)).to(device)
     first = rank * (num_experts // ranks)
 
     def compute(rows: Tensor, ends: Tensor | Sequence[int], start: int) -> Tensor:
-        expert = first + start + torch.searchsorted(torch.as_tensor(ends), torch.arange(rows.shape[0]), right=True)  # [N]
+        row = torch.arange(rows.shape[0], device=device)
+        expert = first + start + torch.searchsorted(torch.as_tensor(ends, device=device), row, right=True)  # [N]
         return (rows * scale[expert]).to(rows.dtype)
 
     y = layer(x, experts, weights, num_experts, compute)
     found = y, *torch.autograd.grad(y, (x, weights), grad)
     exact, share = x.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
-    chosen = experts.unsqueeze(2) == torch.arange(num_experts)  # [T, K, E]
+    chosen = experts.unsqueeze(2) == torch.arange(num_experts, device=device)  # [T, K, E]
     truth = torch.einsum("tk,tke,ed,td->td", share, chosen.double(), scale.double(), exact)
     right = truth, *torch.autograd.grad(truth, (exact, share), grad.double())
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5

@@ -1,16 +1,19 @@
-"""What is measured against each other computes the same: every benchmark makes this check before it times anything."""
+"""What is measured against each other computes the same, and what the benchmarks count is so: at small sizes, on the CPU."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
-from benchmarks import figures, layer
-from benchmarks.peers import ON_ONE, ON_RANKS, check
+from benchmarks import experts, figures, floors, layer, links, sweep, timing
+from benchmarks.inputs import ALL_TO_ONE, ZIPF, routed, step
+from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
+from benchmarks.sweep import Point
 from tests.spawn import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,17 +38,28 @@ def test_a_peer_is_the_dense_layer_on_ranks(ranks: int) -> None:
     run_ranks(check_here, ranks, timeout=120)
 
 
-def test_the_check_sees_a_layer_that_is_wrong() -> None:
+def test_the_checks_see_a_layer_that_is_wrong() -> None:
     def forgets_weights(x, experts, weights, num_experts, compute):  # type: ignore[no-untyped-def]
         return ON_ONE["k_fold"](x, experts, torch.ones_like(weights) + 0 * weights, num_experts, compute)
 
     with pytest.raises(AssertionError, match="not close"):
         check(forgets_weights, torch.float32, 2)
+    with pytest.raises(AssertionError, match="not close"):
+        experts.check_whole(experts.with_experts(forgets_weights), torch.float32, "cpu")
 
 
-def lines_here() -> list[layer.Line]:
+def test_a_layer_with_experts_is_the_dense_one() -> None:
+    for way in (ON_ONE[MOECOMM], experts.static, ON_ONE["k_fold"]):
+        for dtype in DTYPES:
+            experts.check_whole(experts.with_experts(way), dtype, "cpu")
+
+
+# What is counted
+
+
+def lines_here() -> list[timing.Line]:
     with patch.multiple(layer, TOKENS=16, DIM=8, REPEATS=2):
-        return layer.on_ranks(torch.float32, 2) + layer.bytes_and_peak(torch.float32, 2)
+        return layer.on_ranks(torch.float32, 2) + layer.bytes_and_peak(torch.float32, 2) + layer.threads()
 
 
 def test_ranks_are_measured_alike_and_bytes_are_counted() -> None:
@@ -69,8 +83,116 @@ def test_ranks_are_measured_alike_and_bytes_are_counted() -> None:
     assert of_k_fold == 4 * elsewhere * 8 * 4 + counts  # a float32 row a slot, in four exchanges
 
 
-def test_the_figures_in_the_document_are_those_of_the_committed_run() -> None:
-    root = Path(__file__).parent.parent
-    results = json.loads((root / "benchmarks" / "results" / "layer_cpu.json").read_text())
-    assert figures.tables(results) in (root / "docs" / "benchmarks.md").read_text()
-    assert (root / "docs" / "benchmarks.png").stat().st_size > 10_000
+def test_the_most_that_is_held_and_what_is_kept_are_counted_in_bytes() -> None:
+    x, weight = torch.ones(100, 100, requires_grad=True), torch.ones(100, 100)
+
+    def two_steps() -> Tensor:
+        return (linear(x, weight) * 2).exp().sin()  # keeps exp's result for exp and sin: one memory; its other inputs are the caller's
+
+    assert timing.saved(two_steps, (x, weight)) == 100 * 100 * 4
+    assert timing.saved(two_steps, ()) == 2 * 100 * 100 * 4  # and the weight
+    assert timing.peak(lambda: torch.ones(1000).sin().sin(), "cpu") == 2 * 1000 * 4
+
+
+def test_repeats_take_turns_and_a_ratio_is_of_one_repeat() -> None:
+    calls = []
+    times = timing.interleaved({"a": partial(calls.append, "a"), "b": partial(calls.append, "b")}, "cpu", 3)
+    assert calls == ["a", "b"] * 4  # one warms up
+    assert [len(each) for each in times.values()] == [3, 3]
+    line = timing.compared({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b")
+    assert (line["low"], line["ratio"], line["high"], line["milliseconds"]) == (1.5, 2.0, 2.5, [4000.0, 2000.0])
+
+
+def test_more_repeats_are_made_while_they_are_cheap() -> None:
+    times = timing.interleaved({"a": lambda: None}, "cpu", 3, seconds=1.0)
+    assert len(times["a"]) == timing.MOST_REPEATS
+
+
+# Routing
+
+
+def test_skewed_routing_is_what_its_name_says() -> None:
+    counts = [
+        torch.bincount(routed(4000, 1, 16, 2, torch.float32, routing=routing)[1].flatten(), minlength=16) for routing in (ZIPF, ALL_TO_ONE)
+    ]
+    assert (counts[1] == torch.tensor([4000, 4000] + [0] * 14)).all()
+    assert (counts[0].diff() < 60).all()  # of 8000: ever fewer, up to chance
+    first = torch.bincount(routed(20000, 1, 16, 1, torch.float32, routing=ZIPF)[1].flatten(), minlength=16) / 20000
+    share = 1 / torch.arange(1, 17)
+    torch.testing.assert_close(first, share / share.sum(), rtol=0, atol=0.015)
+
+
+# Small runs of everything that a CPU can run
+
+
+def test_each_op_is_measured_beside_a_copy() -> None:
+    with patch.object(floors, "REPEATS", 2):
+        for dtype in DTYPES:
+            lines = floors.ops("cpu", dtype, floors.Sizes(64, 32, 8, 2))
+            assert {"gather", "weighted_sum", "sum", "weighted_sum_backward", "plan"} <= {line["case"] for line in lines}
+
+
+def test_a_layer_with_experts_is_measured_beside_matmuls() -> None:
+    with patch.object(experts, "REPEATS", 2):
+        lines = experts.layer_with_experts("cpu", experts.Sizes(64, 32, 16, 4, 2))
+    assert {(MOECOMM, experts.FLOOR), (MOECOMM, experts.DENSE), ("k_fold", MOECOMM)} <= {(line["case"], line["to"]) for line in lines}
+
+
+def test_one_process_and_tiny_sizes_are_measured() -> None:
+    with patch.multiple(layer, REPEATS=2, TINY_REPEATS=2, SLOW_REPEATS=2):
+        lines = layer.on_one("cpu", torch.float32, layer.Sizes(64, 16, 8, 2)) + layer.tiny("cpu")
+    assert {line["case"] for line in lines if line["what"] == "1 process"} == set(ON_ONE)
+
+
+def test_the_sweep_reaches_what_it_says() -> None:
+    points = sweep.points("cpu")
+    assert len(points) == len(set(points)) == 23
+    reached = {axis: {getattr(point, axis) for point in points} for axis in Point._fields}
+    assert (min(reached["tokens"]), max(reached["tokens"])) == (256, 65536)
+    assert (min(reached["dim"]), max(reached["dim"])) == (512, 7168)
+    assert (min(reached["experts"]), max(reached["experts"])) == (8, 512)
+    assert (min(reached["k"]), max(reached["k"])) == (1, 16)
+    assert reached["ranks"] == {1, 2, 4, 8}
+    assert len(reached["routing"]) == 3
+    assert {point.ranks for point in sweep.points("cuda")} == {1}
+
+
+def point_here(point: Point) -> list[timing.Line]:
+    with patch.multiple(sweep, REPEATS=2, SECONDS=0.0):
+        return sweep.here("cpu", point)
+
+
+def test_a_point_of_the_sweep_is_measured() -> None:
+    point = Point(64, 16, 8, 2, 1)
+    alone = point_here(point)
+    assert {line["case"] for line in alone} == {*ON_ONE, "floor"} - {"one_hot"}
+    for routing in (ZIPF, ALL_TO_ONE):
+        together = run_ranks(point_here, 2, point._replace(ranks=2, routing=routing), timeout=120)
+        assert together[0] == together[1]
+        assert {line["case"] for line in together[0]} == {*ON_RANKS, "floor"}
+        assert all(line["peak"] > 0 and line["saved"] > 0 for line in together[0] if line["case"] != "floor")
+
+
+def exchanges_here() -> list[links.Measured]:
+    with patch.multiple(links, REPEATS=2, BYTES=(256, 1024), LAYER=links.LAYER._replace(tokens=16, dim=8)):
+        return links.exchanges_here()
+
+
+def test_exchanges_are_measured_beside_what_the_model_expects_of_them() -> None:
+    measured = run_ranks(exchanges_here, 2, timeout=120)[0]
+    assert [each.bytes_to_each for each in measured[:2]] == [256, 1024]
+    by_slot = [each.bytes_to_each for each in measured if each.what.startswith("a row a slot")]
+    assert by_slot == [16 * k * 32 / 2 for k in links.TOP_K]
+
+
+def test_a_step_gives_the_gradients_of_tokens_and_weights() -> None:
+    x, chosen, weights, grad = routed(6, 4, 4, 2, torch.float32)
+    to_x, to_weights = step(ON_ONE[MOECOMM], x, chosen, weights, 4, grad)
+    torch.testing.assert_close(to_x, grad * weights.sum(1, keepdim=True))
+    torch.testing.assert_close(to_weights, (grad * x).sum(1, keepdim=True).expand(6, 2))
+
+
+def test_the_figures_in_the_document_are_those_of_the_committed_runs() -> None:
+    assert figures.figures() in figures.DOCUMENT.read_text()
+    for picture in ("layer_cpu.png", "sweep_cpu.png", "links_cpu.png"):
+        assert (timing.RESULTS / picture).stat().st_size > 10_000

@@ -1,0 +1,175 @@
+"""A whole layer with its experts, forward and backward, against the same experts' matmuls and copies of the same rows.
+
+    python -m benchmarks.experts           # or: make bench
+    python -m benchmarks.experts --device cuda
+
+SwiGLU experts by torch's grouped_mm in bfloat16, on one process, with the gradients of tokens, weights and experts. Two floors: grouped_mm
+alone on rows that lie ready, and a copy of as many rows as plan, dispatch and combine must read and write, (5 N + 4 T) / 2 of them: a
+gather reads T and writes N, a sum reads N and writes T, and the backward of each is the other, which for the weighted sum reads its N rows
+too; and one dense matmul of as many rows by one expert. Beside it the other ways with the same experts, and, on a GPU, projects that join
+the permutation to the matmuls; and static mode, launched and as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm, silu
+
+import moecomm.functional as mf
+from benchmarks.captured import captured
+from benchmarks.inputs import routed
+from benchmarks.peers import MOECOMM, ON_ONE, Compute, Layer
+from benchmarks.timing import Line, command, compared, exact, interleaved, peak, said
+
+Whole = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # x, experts, weights, into [E, 2 H, D], out [E, D, H] -> y
+
+
+class Sizes(NamedTuple):
+    tokens: int
+    dim: int
+    hidden: int
+    experts: int
+    k: int
+
+
+ON_CPU = (Sizes(1024, 512, 256, 16, 4),)
+ON_GPU = (Sizes(8192, 7168, 2048, 256, 8), Sizes(16384, 2048, 768, 128, 8))  # as DeepSeek-V3 has, and as Qwen3-30B-A3B has
+REPEATS = 7
+STATIC, GRAPH, FLOOR, ALONE, DENSE = (
+    "moecomm, static",
+    "moecomm, static, in a CUDA graph",
+    "grouped_mm and copies",
+    "grouped_mm",
+    "dense matmul",
+)
+
+
+def main() -> None:
+    command("experts", measure, lambda device: {"sizes": [each._asdict() for each in sizes(device)]}, __doc__)
+
+
+def sizes(device: str) -> Sequence[Sizes]:
+    return ON_GPU if device == "cuda" else ON_CPU
+
+
+def measure(device: str, memory: str) -> list[Line]:
+    return [line for size in sizes(device) for line in said(layer_with_experts(device, size), memory)]
+
+
+def layer_with_experts(device: str, size: Sizes) -> list[Line]:
+    from benchmarks.gpu_peers import LAYERS, runs, wholes  # which takes its types from here
+
+    permuted = {name: layer for name, layer in LAYERS.items() if device == "cuda" and runs(name, torch.bfloat16)}
+    ways = {
+        name: with_experts(layer)
+        for name, layer in ({MOECOMM: ON_ONE[MOECOMM], STATIC: static, "k_fold": ON_ONE["k_fold"]} | permuted).items()
+    }
+    for way in ways.values():
+        check_whole(way, torch.bfloat16, device)
+    x, experts, weights, grad = routed(size.tokens, size.dim, size.experts, size.k, torch.bfloat16, device)
+    given = x, experts, weights, *matrices(size, device)
+    steps: dict[str, Callable[[], object]] = {
+        name: partial(step, way, *given, grad) for name, way in (ways | wholes(device, torch.bfloat16)).items()
+    }
+    if device == "cuda":
+        steps[GRAPH] = captured(steps[STATIC])
+    alone, dense, copies = floors(x, experts, *given[3:])
+
+    def floor() -> None:
+        alone()
+        copies()
+
+    times = interleaved(steps | {FLOOR: floor, ALONE: alone, DENSE: dense}, device, REPEATS)
+    base = {"what": "layer with experts", "dtype": "bfloat16"} | size._asdict()
+    pairs = [(name, to) for name in steps if name.startswith(MOECOMM) for to in (FLOOR, DENSE)] + [(ALONE, DENSE)]
+    pairs += [(name, MOECOMM) for name in steps if name != MOECOMM]
+    most = {name: peak(steps[name], device) for name in steps if name != GRAPH}
+    memory = [exact(name, MOECOMM, most[name], most[MOECOMM]) | base | {"what": "peak memory"} for name in most if name != MOECOMM]
+    return [compared(times, case, to) | base for case, to in pairs] + memory
+
+
+def matrices(size: Sizes, device: str) -> tuple[Tensor, Tensor]:
+    seed = torch.Generator(device).manual_seed(0)
+    shapes = (size.experts, 2 * size.hidden, size.dim), (size.experts, size.dim, size.hidden)
+    made = [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[2] ** -0.5, generator=seed) for shape in shapes]
+    return made[0].requires_grad_(), made[1].requires_grad_()
+
+
+def swiglu(rows: Tensor, ends: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    gate, up = grouped_mm(rows, into.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    return grouped_mm(silu(gate) * up, out.transpose(1, 2), offs=ends)
+
+
+def with_experts(layer: Layer) -> Whole:
+    """The layer around experts of grouped_mm."""
+
+    def whole(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor) -> Tensor:
+        return layer(x, experts, weights, into.shape[0], lambda rows, ends, _: swiglu(rows, ends, into, out))  # type: ignore[arg-type]
+
+    return whole
+
+
+def static(x: Tensor, experts: Tensor, weights: Tensor, num_experts: int, compute: Compute) -> Tensor:
+    plan = mf.plan(experts, weights, num_experts, like=x, max_rows=x.shape[0])
+    return mf.combine(compute(mf.dispatch(x, plan), plan.offsets, 0), plan)
+
+
+def step(way: Whole, x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(way(x, experts, weights, into, out), (x, weights, into, out), grad)
+
+
+def floors(
+    x: Tensor, experts: Tensor, into: Tensor, out: Tensor
+) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object]]:
+    """The experts alone on their rows; one expert on all rows; the copies."""
+    (tokens, k), dim = experts.shape, x.shape[1]
+    rows = x.detach().repeat(k, 1).requires_grad_()  # [N, D]
+    ends = torch.bincount(experts.flatten(), minlength=into.shape[0]).cumsum(0).to(torch.int32)
+    grad = torch.ones_like(rows)
+    one_into, one_out = (matrix[0].detach().clone().requires_grad_() for matrix in (into, out))
+
+    def alone() -> object:
+        return torch.autograd.grad(swiglu(rows, ends, into, out), (rows, into, out), grad)
+
+    def dense() -> object:
+        gate, up = (rows @ one_into.T).chunk(2, dim=-1)
+        return torch.autograd.grad((silu(gate) * up) @ one_out.T, (rows, one_into, one_out), grad)
+
+    source = x.detach().new_ones((5 * tokens * k + 4 * tokens) // 2, dim)
+    target = torch.empty_like(source)
+    return alone, dense, lambda: target.copy_(source)
+
+
+def check_whole(way: Whole, dtype: torch.dtype, device: str) -> None:
+    """Raise unless it is the dense float64 layer, with its gradients."""
+    size = Sizes(48, 64, 32, 8, 2)
+    x, experts, weights, grad = routed(size.tokens, size.dim, size.experts, size.k, dtype, device)
+    given = x, weights, *(matrix.detach().to(dtype).requires_grad_() for matrix in matrices(size, device))
+    found = _checked(way, given, experts, grad)
+    right = _checked(dense_layer, tuple(tensor.detach().double().requires_grad_() for tensor in given), experts, grad.double())
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-4
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance * max(1.0, other.abs().max().item()))
+
+
+def _checked(way: Whole, given: tuple[Tensor, ...], experts: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    x, weights, into, out = given
+    y = way(x, experts, weights, into, out)
+    return y.detach(), *torch.autograd.grad(y, given, grad)
+
+
+def dense_layer(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    """Every expert over every token."""
+    gate, up = torch.einsum("td,ehd->eth", x, into).chunk(2, dim=-1)
+    each = torch.einsum("eth,edh->etd", silu(gate) * up, out)
+    mix = torch.zeros(x.shape[0], into.shape[0], dtype=x.dtype, device=x.device).scatter_add(1, experts, weights)  # [T, E]
+    return torch.einsum("te,etd->td", mix, each)
+
+
+if __name__ == "__main__":
+    main()

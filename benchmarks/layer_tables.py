@@ -1,0 +1,101 @@
+"""The tables of `benchmarks.layer`: the targets first, then everything that was measured."""
+
+from __future__ import annotations
+
+from benchmarks.tables import SETTINGS, found, ran, sized, spread, table, verdict
+from benchmarks.timing import WARM, Line
+
+DTYPES = ("float32", "bfloat16")
+FASTER = {8: 2.5, 4: 1.8, 2: 1.3, 1: 1.0}  # what a layer's step is to be over the K-fold exchange, with warm memory
+PLAN, METADATA, PEAK = 0.15, 0.02, 0.6  # at most: of exchange and permute, of all bytes, of the K-fold exchange's memory at K = 8
+
+
+def layer(results: Line) -> str:
+    lines = results["lines"]
+    parts = [ran(results["about"])]
+    if found(lines, what="4 ranks"):
+        parts += ["#### Against the targets", targets(lines), "#### 4 gloo ranks, a step", ranks(lines)]
+    parts += ["#### One process, a step", one(lines)]
+    if found(lines, what="bytes"):
+        parts += ["#### Bytes and memory on 4 ranks, a step", amounts(lines)]
+    return "\n\n".join([*parts, "#### At tiny sizes, forward, and threads", small(lines)])
+
+
+def targets(lines: list[Line]) -> str:
+    warm = {"what": "4 ranks", "memory": WARM}
+    rows = [
+        [f"faster than `k_fold`, K = {k}, warm", f">= {least}x"]
+        + [judged(found(lines, case="k_fold", dtype=dtype, k=k, **warm), least=least) for dtype in DTYPES]
+        for k, least in FASTER.items()
+    ]
+    plan = [judged(found(lines, case="plan", dtype=dtype, **warm), most=PLAN) for dtype in DTYPES]
+    metadata = [judged(found(lines, case="metadata", dtype=dtype), most=METADATA) for dtype in DTYPES]
+    peak = [judged(found(lines, what="peak memory", to="k_fold", dtype=dtype, k=8, ranks=4), most=PEAK) for dtype in DTYPES]
+    rows.append(["plan of dispatch and combine forward, the largest over K, warm", f"<= {PLAN:.0%}", *plan])
+    rows.append(["metadata of all bytes sent, the largest over K", f"< {METADATA:.0%}", *metadata])
+    rows.append(["peak memory of `k_fold`'s, K = 8", f"<= {PEAK}x", *peak])
+    return table(["", "target", *DTYPES], rows)
+
+
+def judged(lines: list[Line], least: float | None = None, most: float | None = None) -> str:
+    """The worst of the lines, and whether it is within the bound."""
+    if least is not None:
+        ratio = min(line["ratio"] for line in lines)
+        return f"{ratio:.2f}x: {verdict(ratio >= least)}"
+    ratio = max(line["ratio"] for line in lines)
+    shown = f"{ratio:.2f}x" if most == PEAK else f"{ratio:.1%}"
+    return f"{shown}: {verdict(ratio <= (most or 0))}"
+
+
+def ranks(lines: list[Line]) -> str:
+    header = ["memory", "dtype", "K", "`k_fold` / moecomm", "`by_expert` / moecomm", "moecomm / floor", "plan / forward", "moecomm, ms"]
+    rows = []
+    for memory in SETTINGS:
+        for dtype in DTYPES:
+            for k in sorted(FASTER):
+                here = found(lines, what="4 ranks", memory=memory, dtype=dtype, k=k)
+                each = {line["case"]: line for line in here}
+                ratios = [spread(each[case]) for case in ("k_fold", "by_expert", "moecomm", "plan")]
+                rows.append([memory, dtype, str(k), *ratios, f"{each['moecomm']['milliseconds'][0]:.0f}"])
+    return table(header, rows)
+
+
+def one(lines: list[Line]) -> str:
+    rows = [
+        [
+            line["memory"],
+            line["dtype"],
+            f"`{line['case']}` / {line['to']}",
+            spread(line),
+            " / ".join(f"{ms:.1f}" for ms in line["milliseconds"]),
+            sized(line),
+        ]
+        for line in found(lines, what="1 process")
+    ]
+    return table(["memory", "dtype", "", "ratio", "ms", ""], rows)
+
+
+def amounts(lines: list[Line]) -> str:
+    rows = []
+    for dtype in DTYPES:
+        for k in sorted(FASTER):
+            sent, metadata = found(lines, what="bytes", dtype=dtype, k=k)
+            (peak,) = found(lines, what="peak memory", dtype=dtype, k=k, ranks=4)
+            millions = " / ".join(f"{amount / 2**20:.0f}" for amount in peak["amounts"])
+            rows.append([dtype, str(k), f"{sent['ratio']:.3f}", f"{metadata['ratio']:.2%}", f"{peak['ratio']:.2f}", millions])
+    return table(["dtype", "K", "bytes, moecomm / `k_fold`", "metadata", "peak memory, moecomm / `k_fold`", "MiB a rank"], rows)
+
+
+def small(lines: list[Line]) -> str:
+    rows = [
+        [
+            line["what"],
+            line["memory"],
+            f"{line['case']} / {line['to']}",
+            spread(line),
+            " / ".join(f"{1e3 * ms:.0f}" for ms in line["milliseconds"]),
+        ]
+        for line in lines
+        if line["what"].startswith(("tiny", "threads"))
+    ]
+    return table(["", "memory", "", "ratio", "microseconds"], rows)

@@ -1,0 +1,127 @@
+"""The tables of docs/benchmarks.md, but for those of the layer and of the sweep: floors, a layer with its experts, the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.timing import INSTALLED, WARM, Line
+
+SETTINGS = (WARM, INSTALLED)
+CPU_BOUNDS = {"gather": 1.0, "weighted_sum": 0.75, "weighted_sum_backward": 2.0}  # at most this many copies, with warm memory
+GPU_BOUNDS = {"gather": 0.85, "weighted_sum": 0.8}  # at least this share of a copy's bandwidth
+PLAN_ON_GPU = 0.06  # milliseconds at most, in static mode, of the first size
+WHOLE_ON_GPU = 1.15  # at most, of grouped_mm and the copies
+
+
+def found(lines: list[Line], **values: Any) -> list[Line]:
+    return [line for line in lines if all(line.get(key) == value for key, value in values.items())]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def spread(line: Line) -> str:
+    digits = 3 if line["ratio"] < 0.2 else 2
+    return f"{line['ratio']:.{digits}f} ({line['low']:.{digits}f} to {line['high']:.{digits}f})"
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "**not met**"
+
+
+def ran(about: Line) -> str:
+    """On what a run was made, and how long it took."""
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    took = f"{about['seconds']:.0f} s, load average before it {about['load before']:.1f}"
+    return f"{about['device']}; Python {about['python']}, {packages}; {took}."
+
+
+def sized(line: Line) -> str:
+    names = {"tokens": "T", "dim": "D", "hidden": "H", "experts": "E", "k": "K"}
+    return ", ".join(f"{symbol} = {line[name]}" for name, symbol in names.items() if name in line)
+
+
+def floors(results: Line) -> str:
+    lines, on_gpu = results["lines"], "cuda" in results["about"]["on"]
+    parts = [ran(results["about"])]
+    rows = []
+    for line in found(lines, what="op"):
+        bound = CPU_BOUNDS.get(line["case"]) if not on_gpu and line["memory"] == WARM else None
+        target = "" if bound is None else f"<= {bound}: {verdict(line['ratio'] <= bound)}"
+        rows.append(
+            [line["memory"], line["dtype"], f"`{line['case']}`", spread(line), target, f"{1e3 * line['milliseconds'][0]:.0f}", sized(line)]
+        )
+    parts.append(table(["memory", "dtype", "", "time / copy's", "target", "us", ""], rows))
+    if on_gpu:
+        rows = []
+        for line in found(lines, what="bandwidth"):
+            bound = GPU_BOUNDS.get(line["case"])
+            target = "" if bound is None else f">= {bound:.0%}: {verdict(line['ratio'] >= bound)}"
+            rows.append([f"`{line['case']}`", f"{line['ratio']:.0%} ({line['low']:.0%} to {line['high']:.0%})", target, sized(line)])
+        first = found(lines, case="plan, static, in a CUDA graph")[0]
+        taken = first["milliseconds"][0]
+        rows.append(["plan, static", f"{1e3 * taken:.0f} us", f"<= 60 us: {verdict(taken <= PLAN_ON_GPU)}", sized(first)])
+        parts.append(table(["", "of a copy's bandwidth", "target", ""], rows))
+    return "\n\n".join(parts)
+
+
+def experts(results: Line) -> str:
+    lines, on_gpu = results["lines"], "cuda" in results["about"]["on"]
+    rows = []
+    for line in found(lines, what="layer with experts"):
+        target = ""
+        if on_gpu and line["to"] == "grouped_mm and copies":
+            target = f"<= {WHOLE_ON_GPU}: {verdict(line['ratio'] <= WHOLE_ON_GPU)}"
+        peak = found(
+            lines, what="peak memory", memory=line["memory"], case=line["case"], to=line["to"], tokens=line["tokens"], dim=line["dim"]
+        )
+        memory = f"{peak[0]['ratio']:.2f}" if peak else ""
+        times = " / ".join(f"{ms:.1f}" for ms in line["milliseconds"])
+        rows.append([line["memory"], f"{line['case']} / {line['to']}", spread(line), target, times, memory, sized(line)])
+    return ran(results["about"]) + "\n\n" + table(["memory", "", "time", "target", "ms", "peak memory", ""], rows)
+
+
+def links(results: Line) -> str:
+    about, lines = results["about"], results["lines"]
+    link = lines[0]["link"]
+    fitted = (
+        f"Fitted here: latency {1e6 * link['latency']:.0f} us, {1e6 * link['overhead']:.1f} us a message, {link['speed'] / 1e9:.2f} GB/s."
+    )
+    rows = []
+    for ranks in sorted({line["ranks"] for line in lines}):
+        for what, those in (
+            ("equal parts, fitted", found(lines, ranks=ranks, fitted=True)),
+            ("equal parts, predicted", found(lines, ranks=ranks, fitted=False, what="equal parts")),
+            ("rows of a layer, predicted", [line for line in found(lines, ranks=ranks) if line["what"] != "equal parts"]),
+        ):
+            ratios = sorted(line["ratio"] for line in those)
+            if ratios:
+                middle = ratios[len(ratios) // 2]
+                rows.append([str(ranks), what, str(len(ratios)), f"{middle:.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
+    parts = [ran(about), fitted, table(["ranks", "", "exchanges", "predicted / measured, median", "all of them"], rows)]
+    gpus = about["gpus"]
+    limited = next(name for name in gpus[0] if name.startswith("moecomm, "))
+    rows = [
+        [
+            str(line["gpus"]),
+            f"{line['pairs']:.2f}",
+            f"{line['moecomm']:.1f}",
+            f"{line['k_fold']:.1f}",
+            f"{line['k_fold'] / line['moecomm']:.2f}",
+        ]
+        + [f"{line['pairs limited']:.2f}", f"{line[limited]:.1f}"]
+        for line in gpus
+    ]
+    parts += [
+        "The cluster is assumed, not measured: "
+        + "; ".join(about["cluster"]["sources"])
+        + ". T = 8192 tokens a GPU, D = 7168, K = 8, bfloat16, E = 256, or one expert a GPU from 256 on."
+    ]
+    parts.append(
+        table(
+            ["GPUs", "pairs a token", "moecomm, ms", "K-fold, ms", "K-fold / moecomm", "pairs, 4 nodes a token", "moecomm, 4 nodes, ms"],
+            rows,
+        )
+    )
+    return "\n\n".join(parts)
