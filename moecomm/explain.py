@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from moecomm.dtensor import to_local
@@ -101,7 +102,8 @@ def explain(plan: Plan, x: Any = None) -> Explanation:
     slots = (plan.row_position >= 0).sum(1)  # [R]: of each received pair; of padding 0
     parts = slots.split(from_each)
     counts = torch.stack([count for part in parts for count in ((part > 0).sum(), part.sum())])  # [2 * P]
-    rows = plan.offsets.long().diff(prepend=plan.offsets.new_zeros(1).long())  # [L]
+    held = pad((plan.row_order >= 0).cumsum(0), (1, 0))  # [N + 1]: rows before each that are no padding
+    rows = held[plan.offsets.long()].diff(prepend=held[:1])  # [L]
     dropped = torch.zeros_like(counts[0]) if plan.dropped is None else plan.dropped.long()
     mine = torch.cat((counts.new_tensor([plan.tokens, token]), dropped[None], counts, rows))[None]  # [1, 3 + 2 * P + L]
     every = all_gathered(start_all_gather(mine, group.size, group.name), mine, group.size) if group.size > 1 else mine

@@ -64,6 +64,7 @@ def plan(
     like: Any = None,
     max_rows: int | None = None,
     check: bool = False,
+    align: int = 1,
 ) -> Plan:
     """Who gets which token: the plan that `dispatch` and `combine` follow.
 
@@ -88,6 +89,9 @@ def plan(
         max_rows: C, the same on all ranks, switches static mode on: each rank sends C tokens to each, padding among them.
         check: look for more than costs nothing: for weights that are NaN or infinite, and in static mode for all that is looked for
             otherwise; there it takes the exchange of counts and the host sync that static mode does without. For finding a fault.
+        align: each expert's rows begin at a multiple of it, as grouped matmuls of low precision need it: 16 for float8, 32 for mxfp8. N
+            is L * (align - 1) more, and nothing more is sent. Between the experts' rows and behind them lies padding: `dispatch` gives
+            zeros there, `combine` reads nothing, and its gradient is zero.
 
     DTensors go in as their local shards, each of Shard(0) over its tokens or Replicate on each mesh dim; ``like`` may also be Shard over
     other dims. `moecomm.dtensor` has the table. Those that are plain tensors are local shards already.
@@ -146,10 +150,18 @@ def plan(
     if layout is not None:
         leaves = [to_local(leaf) for leaf in leaves]
         local_plan = plan(
-            to_local(experts), to_local(weights), num_experts, group, placement=placement, like=leaves, max_rows=max_rows, check=check
+            to_local(experts),
+            to_local(weights),
+            num_experts,
+            group,
+            placement=placement,
+            like=leaves,
+            max_rows=max_rows,
+            check=check,
+            align=align,
         )
         return local_plan._replace(layout=layout)
-    _check(experts, weights, num_experts, ranks.size if placement is None else None, leaves, max_rows)
+    _check(experts, weights, num_experts, ranks.size if placement is None else None, leaves, max_rows, align)
     local, checksum, places, placed = num_experts // ranks.size, -1, experts, None
     if placement is not None:
         where = as_tensor(placement, ranks.size)  # [P, L]
@@ -158,7 +170,7 @@ def plan(
         places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
     signed = signature(experts, weights, num_experts, leaves, checksum, max_rows)
     make = _dynamic_plan if max_rows is None else partial(_static_plan, max_rows)
-    made = make(experts, weights, num_experts, places, placed, local, signed, check, ranks)
+    made = make(experts, weights, num_experts, places, placed, local, signed, check, align, ranks)
     log_plan(made, leaves)
     return made
 
@@ -181,6 +193,7 @@ def _dynamic_plan(
     local: int,
     signed: list[int],
     check: bool,
+    align: int,
     group: Group,
 ) -> Plan:
     """A plan of the sizes that the routing has: they are read from the device, once."""
@@ -188,12 +201,12 @@ def _dynamic_plan(
     s, r, n, splits = plan_sizes(sent, _messages(sent, group))
     tokens, _ = experts.shape
     if group.size == 1:
-        row_order, row_position, offsets = counting_sort(places, local, n)
+        row_order, row_position, offsets = _sorted(places, local, n, align)
         return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, group.name)
 
     send_order, send_position, _ = counting_sort(keys, group.size, s)
     there, ids = exchange_slots(weights, places, keys, send_order, send_position, local, splits, r, group.name)  # [R, K] each
-    row_order, row_position, offsets = counting_sort(ids, local, n)
+    row_order, row_position, offsets = _sorted(ids, local, n, align)
     return Plan(offsets, there, row_order, row_position, send_order, send_position, splits, tokens, num_experts, group.name)
 
 
@@ -207,6 +220,7 @@ def _static_plan(
     local: int,
     signed: list[int],
     check: bool,
+    align: int,
     group: Group,
 ) -> Plan:
     """A plan of constant sizes: nothing is read from the device, what has no place is dropped, and places that are left are padding."""
@@ -226,16 +240,25 @@ def _static_plan(
     fits, dropped = fit(experts, places, send_position, local)  # [T, K]
     n = pairs * min(k, local)
     if group.size == 1:
-        row_order, row_position, offsets = counting_sort(fits, local, n, padded=True)
+        row_order, row_position, offsets = _sorted(fits, local, n, align, padded=True)
         return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, group.name, dropped=dropped)
 
     there, ids = exchange_slots(weights, fits, keys, send_order, send_position, local, None, pairs, group.name)  # [R, K] each
-    row_order, row_position, offsets = counting_sort(ids, local, n, padded=True)
+    row_order, row_position, offsets = _sorted(ids, local, n, align, padded=True)
     indices = offsets, there, row_order, row_position, send_order, send_position, None
     return Plan(*indices, tokens, num_experts, group.name, dropped=dropped)
 
 
-def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: list[Tensor], max_rows: int | None) -> None:
+def _sorted(ids: Tensor, local: int, n: int, align: int, padded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows by local expert, n or fewer of them; each expert's end is rounded up to a multiple."""
+    if align == 1:
+        return counting_sort(ids, local, n, padded) if padded else counting_sort(ids, local, n)
+    return counting_sort(ids, local, n + local * (align - 1), True, align)
+
+
+def _check(
+    experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: list[Tensor], max_rows: int | None, align: int
+) -> None:
     check_experts(experts)
     check_tensor("weights", weights, "[T, K]", dims=2)
     check_floating("weights", weights)
@@ -253,6 +276,10 @@ def _check(experts: Tensor, weights: Tensor, num_experts: int, divisor: int | No
         check_tensor("like", leaf, "[T, ...], or a pytree of them")
         if leaf.dim() == 0 or differ(leaf.shape[0], experts.shape[0]):
             wrong_value("like", f"of shape {list(leaf.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")
+    if not isinstance(align, int) or isinstance(align, bool):
+        wrong_type("align", type(align).__name__, "an int")
+    if align < 1:
+        wrong_value("align", align, "at least 1")
     if max_rows is not None:
         if not isinstance(max_rows, int | torch.SymInt) or isinstance(max_rows, bool):
             wrong_type("max_rows", type(max_rows).__name__, "an int or None")

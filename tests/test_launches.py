@@ -104,7 +104,7 @@ def test_what_a_layer_of_one_process_launches_in_static_mode() -> None:
     assert_expected_inline(
         layer_here(5, 5),
         """\
-plan, 7: count_kernel histogram_kernel place_kernel zero_ fit_kernel histogram_kernel place_kernel
+plan, 9: count_kernel fill_ histogram_kernel place_kernel zero_ fit_kernel fill_ histogram_kernel place_kernel
 dispatch, 1: gather_kernel
 combine, 1: weighted_sum_kernel
 backward, 3: zeros_like backward_kernel weighted_sum_kernel
@@ -134,8 +134,8 @@ def test_what_a_rank_launches_in_static_mode() -> None:
     assert_expected_inline(
         of_ranks[0],
         """\
-plan, 10: count_kernel histogram_kernel place_kernel zero_ fit_kernel pack_kernel alltoall_base_ unpack_kernel
-    histogram_kernel place_kernel
+plan, 12: count_kernel fill_ histogram_kernel place_kernel zero_ fit_kernel pack_kernel alltoall_base_ unpack_kernel
+    fill_ histogram_kernel place_kernel
 dispatch, 3: gather_kernel alltoall_base_ gather_kernel
 combine, 3: weighted_sum_kernel alltoall_base_ weighted_sum_kernel
 backward, 11: gather_kernel alltoall_base_ zeros_like backward_kernel weighted_sum_kernel alltoall_base_

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.ops.sort import bounded_cpu, bounded_fake, bounded_sort, bounded_triton, counting_sort, sort_cpu, sort_fake, sort_triton
-from tests.ops.cases import assert_same_layout, bounded_slots, guarded, routing, sorted_slots, strided
+from tests.ops.cases import assert_same_layout, bounded_slots, guarded, inverse, routing, sorted_slots, strided
 
 
 def check(keys: Tensor, bins: int, device: str) -> None:
@@ -22,6 +22,31 @@ def check(keys: Tensor, bins: int, device: str) -> None:
         for got in (sort_cpu(keys, bins, size + extra, True), guarded(sort_triton, keys.to(device), bins, size + extra, True)):
             torch.testing.assert_close([tensor.cpu() for tensor in got], [order, *want[1:]], rtol=0, atol=0)
             assert_same_layout(sort_fake(keys, bins, size + extra, True), got)
+
+
+def check_aligned(keys: Tensor, bins: int, align: int, device: str) -> None:
+    """Each key's slots one after the other, from a multiple of ``align`` on."""
+    flat, order, offsets = keys.flatten().tolist(), [], []
+    for b in range(bins):
+        order += [i for i, key in enumerate(flat) if key == b]
+        order += [-1] * (-len(order) % align)
+        offsets.append(len(order))
+    for extra in (0, 5, 300):
+        want = torch.tensor(order + [-1] * extra, dtype=torch.int32)
+        for got in (
+            sort_cpu(keys, bins, len(want), True, align),
+            guarded(sort_triton, keys.to(device), bins, len(want), True, align),
+        ):
+            assert torch.equal(got[0].cpu(), want)
+            assert torch.equal(got[1].cpu(), inverse(want, *keys.shape))
+            assert got[2].tolist() == offsets
+            assert_same_layout(sort_fake(keys, bins, len(want), True, align), got)
+
+
+@pytest.mark.parametrize("align", [2, 16, 128])
+@pytest.mark.parametrize(("tokens", "k", "bins"), [(5, 2, 3), (300, 1, 65), (100, 8, 17), (0, 2, 3), (1, 1, 1)])
+def test_keys_begin_at_multiples(tokens: int, k: int, bins: int, align: int, device: str) -> None:
+    check_aligned(routing(tokens, k, bins, seed=tokens), bins, align, device)
 
 
 def check_bounded(keys: Tensor, bins: int, most: int, device: str) -> None:
@@ -91,4 +116,5 @@ def test_sort_passes_opcheck() -> None:
         keys = routing(tokens, k, 4, seed=tokens)
         opcheck(counting_sort, (keys, 4, int((keys >= 0).sum())))
         opcheck(counting_sort, (keys, 4, keys.numel() + 1, True))
+        opcheck(counting_sort, (keys, 4, keys.numel() + 28, True, 8))
         opcheck(bounded_sort, (keys, 4, 2))
