@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -364,3 +365,11 @@ def test_transforms_of_torch_func_are_refused_as_elsewhere() -> None:
     for function in (lambda x: mf.dispatch(x, plan, wire="mxfp8"), lambda x: mf.dispatch_quantized(x, plan, "mxfp8").rows):
         with pytest.raises(NotImplementedError, match=re.escape("inside a Grad transform of torch.func")):
             torch.func.grad(lambda x, function=function: function(x).sum())(torch.ones(1, 2))
+
+
+def test_the_snippet_of_the_document_runs() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "wire.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert_same(names["rows"], mf.dispatch(arrived(names["x"], "float8_e4m3"), names["plan"]))
+    assert names["y"].shape == names["x"].shape
