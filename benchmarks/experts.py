@@ -76,7 +76,7 @@ def layer_with_experts(device: str, size: Sizes) -> list[Line]:
     steps: dict[str, Callable[[], object]] = {
         name: partial(step, way, *given, grad) for name, way in (ways | wholes(device, torch.bfloat16)).items()
     }
-    if device == "cuda":
+    if device == "cuda" and has_room(*given[3:]):
         steps[GRAPH] = captured(steps[STATIC])
     alone, dense, copies = floors(x, experts, *given[3:])
 
@@ -91,6 +91,15 @@ def layer_with_experts(device: str, size: Sizes) -> list[Line]:
     most = {name: peak(steps[name], device) for name in steps if name != GRAPH}
     memory = [exact(name, MOECOMM, most[name], most[MOECOMM]) | base | {"what": "peak memory"} for name in most if name != MOECOMM]
     return [compared(times, case, to) | base for case, to in pairs] + memory
+
+
+def has_room(*experts: Tensor) -> bool:
+    """For the experts and three gradients of them: a graph keeps one, a step makes another, and some of it is for rows."""
+    needed = 4 * sum(matrix.nbytes for matrix in experts)
+    there = torch.cuda.get_device_properties().total_memory
+    if needed > there:
+        print(f"{GRAPH} is left out: it takes about {needed / 2**30:.0f} GiB, and there are {there / 2**30:.0f}", flush=True)
+    return needed <= there
 
 
 def matrices(size: Sizes, device: str) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,6 @@ ON_GPU = (Sizes(8192, 7168, 256, 8), Sizes(16384, 2048, 128, 8))
 DTYPES = (torch.float32, torch.bfloat16)
 REPEATS, TINY_REPEATS, SLOW_REPEATS = 7, 200, 3
 FLOOR, MASKS, LOOP = "floor", "one_hot", "expert_loop"
-SLOW = (MASKS, LOOP)
 
 
 def main() -> None:
@@ -57,7 +56,8 @@ def sizes(device: str) -> Line:
 def measure(device: str, memory: str) -> list[Line]:
     """All lines of one setting."""
     if device == "cuda":
-        return [line for size in ON_GPU for line in said(on_one(device, torch.bfloat16, size), memory)] + said(tiny(device), memory)
+        on_gpu = [line for size in ON_GPU for line in said(on_one(device, torch.bfloat16, size, (MASKS,)), memory)]
+        return on_gpu + said(tiny(device), memory)
     lines = []
     for dtype in DTYPES:
         for k in TOP_K:
@@ -65,9 +65,9 @@ def measure(device: str, memory: str) -> list[Line]:
             if memory == WARM:  # what does not depend on it, once
                 lines += said(run_ranks(bytes_and_peak, RANKS, dtype, k, timeout=600)[0], memory)
         lines += said(on_one(device, dtype, ON_CPU, (MASKS,)), memory)
-    lines += said(on_one(device, torch.float32, SMALL, ("k_fold", "by_expert", LOOP))[:1], memory)  # the masks: most of a step is matmuls
-    lines += said(run_ranks(threads, RANKS, timeout=600)[0], memory)
     if memory == WARM:
+        lines += said(on_one(device, torch.float32, SMALL, ("k_fold", "by_expert", LOOP))[:1], memory)  # the masks: most of it is matmuls
+        lines += said(run_ranks(threads, RANKS, timeout=600)[0], memory)
         lines += said(tiny(device), memory) + said(run_ranks(tiny_on_ranks, 2, timeout=600)[0], memory)
     return lines
 
@@ -150,13 +150,12 @@ def threads() -> list[Line]:
 
 def on_one(device: str, dtype: torch.dtype, size: Sizes, without: Sequence[str] = ()) -> list[Line]:
     """moecomm beside the other ways; the floor is a copy of all rows."""
-    here = ways(device, dtype, without=(*without, *SLOW) if device == "cuda" else without)
+    here = ways(device, dtype, without)
     x, experts, weights, grad = routed(size.tokens, size.dim, size.experts, size.k, dtype, device)
     rows = x.new_ones(size.tokens * size.k, size.dim)
     target = torch.empty_like(rows)
     steps = {name: partial(step, layer, x, experts, weights, size.experts, grad) for name, layer in here.items()}
-    slow = MASKS in here and device == "cpu"
-    times = interleaved(steps | {FLOOR: lambda: target.copy_(rows)}, device, SLOW_REPEATS if slow else REPEATS, seconds=1.0)
+    times = interleaved(steps | {FLOOR: lambda: target.copy_(rows)}, device, SLOW_REPEATS if MASKS in here else REPEATS, seconds=1.0)
     base = {"what": "1 process", "dtype": str(dtype).removeprefix("torch.")} | size._asdict()
     lines = [compared(times, case, to) | base for case, to in [*((name, MOECOMM) for name in here if name != MOECOMM), (MOECOMM, FLOOR)]]
     if "k_fold" in here:

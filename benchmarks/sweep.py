@@ -19,7 +19,7 @@ import torch.distributed as dist
 import moecomm.functional as mf
 from benchmarks.gpu_peers import ways
 from benchmarks.inputs import ALL_TO_ONE, UNIFORM, ZIPF, routed, same, step
-from benchmarks.layer import FLOOR, LOOP, MASKS, floor
+from benchmarks.layer import FLOOR, MASKS, floor
 from benchmarks.peers import MOECOMM, ON_RANKS, Layer, check
 from benchmarks.timing import Line, command, compared, gathered, interleaved, peak, saved
 from tests.spawn import run_ranks
@@ -104,8 +104,7 @@ def layers_at(device: str, point: Point, dtype: torch.dtype) -> dict[str, Layer]
         for layer in ON_RANKS.values():
             check(layer, dtype, min(point.k, 16))
         return ON_RANKS
-    slow = (MASKS, LOOP) if device == "cuda" else (MASKS,)  # a launch or more an expert; masks of [T, E, C]
-    return ways(device, dtype, without=slow)
+    return ways(device, dtype, without=(MASKS,))  # which are of [T, E, C]
 
 
 if __name__ == "__main__":

@@ -196,3 +196,30 @@ def test_the_figures_in_the_document_are_those_of_the_committed_runs() -> None:
     assert figures.figures() in figures.DOCUMENT.read_text()
     for picture in ("layer_cpu.png", "sweep_cpu.png", "links_cpu.png"):
         assert (timing.RESULTS / picture).stat().st_size > 10_000
+
+
+def test_results_of_a_gpu_are_written_like_those_of_a_cpu() -> None:
+    """What a GPU alone measures is put beside lines of the CPU, as if they were its own."""
+    about = {"on": "cuda", "device": "a GPU", "python": "3", "packages": {"torch": "2"}, "seconds": 1.0, "load before": 0.0}
+
+    def written(name: str, lines: list[timing.Line]) -> str:
+        return figures.SECTIONS[name][1]({"about": about, "lines": [line | {"memory": timing.WARM} for line in lines]})
+
+    with patch.object(floors, "REPEATS", 2), patch.object(experts, "REPEATS", 2), patch.object(layer, "REPEATS", 2):
+        ops = floors.ops("cpu", torch.bfloat16, floors.Sizes(64, 32, 8, 2))
+        whole = experts.layer_with_experts("cpu", experts.Sizes(64, 32, 16, 4, 2))
+        one = layer.on_one("cpu", torch.bfloat16, layer.Sizes(64, 16, 8, 2), ("one_hot",))
+    captured = next(line for line in ops if line["case"] == "plan") | {"case": floors.GRAPH}
+    assert "<= 60 us: " in written("floors", [*ops, captured])
+    assert ">= 85%: " in written("floors", [*ops, captured])
+    assert written("experts", whole).count("<= 1.15: ") == 2
+    assert "`moecomm` / floor" in written("layer", one)
+    amounts = {"peak": 2**20, "saved": 2**20, "milliseconds": [1.0, 1.0], "low": 1.0, "high": 1.0, "dtype": "bfloat16"}
+    points = [
+        {"case": case, "to": MOECOMM, "ratio": ratio, **amounts, **point._asdict()}
+        for point in sweep.points("cuda")
+        for case, ratio in ((MOECOMM, 1.0), ("k_fold", 0.9 if point.k == 2 else 1.1), ("floor", 0.5))
+    ]
+    text = written("sweep", points)
+    assert f"warm: 1 of {len(sweep.points('cuda'))} points: k = 2." in text
+    assert text.count("**missed**") == 1
