@@ -59,14 +59,14 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     differentiated again, on all ranks alike. There is no forward mode. It is the same with a wire: the gradient passes the rounding as
     it is (a straight-through estimate).
 
-    With a wire. A value v of a block whose largest magnitude is m arrives with an error of at most max(2^-4 |v|, 2^-10 s), where the scale
-    s is m / 448 or, for "mxfp8", the next power of two from there on; and that of rounding to x's dtype, in which it arrives. (E4M3 has 3
-    bits of mantissa, and steps of 2^-9 below 2^-6: OCP 8-bit Floating Point Specification 1.0. The blocks are those of DeepSeek-V3,
-    arXiv:2412.19437, which sends tokens and the gradients of `combine` in 8 bits and all sums in 16, and of the OCP Microscaling Formats
-    Specification 1.0.) Zeros arrive as zeros, NaN and infinities as NaN. Rows for this rank, and those in a group of one, are
-    rounded as well: the result does not depend on where an expert is. All ranks must pass the same: a plan is made earlier and knows
-    nothing of it, so that this is not compared; where they differ, messages have other lengths, and the exchange hangs, fails or brings
-    garbage.
+    With a wire. A value v of a block whose largest magnitude is m, or 2^-100 if that is more, arrives with an error of at most
+    max(2^-4 |v|, 2^-10 s), where the scale s is m / 448 or, for "mxfp8", the next power of two from there on; and what is rounded in
+    float32, and to x's dtype, in which it arrives. (E4M3 has 3 bits of mantissa, and steps of 2^-9 below 2^-6: OCP 8-bit Floating Point
+    Specification 1.0. The blocks are those of DeepSeek-V3, arXiv:2412.19437, which sends tokens and the gradients of `combine` in 8 bits
+    and all sums in 16, and of the OCP Microscaling Formats Specification 1.0.) Zeros arrive as zeros, NaN and infinities as NaN. Rows for
+    this rank, and those in a group of one, are rounded as well: the result does not depend on where an expert is. Of a DTensor's slice of
+    the hidden dim the blocks start anew. All ranks must pass the same: a plan is made earlier and knows nothing of it, so that this is
+    not compared; where they differ, messages have other lengths, and the exchange hangs, fails or brings garbage.
 
     Raises TypeError where a leaf of ``x`` is no tensor or ``plan`` is no `Plan`, ValueError where one is not of the plan's T tokens or
     not on its device, or a DTensor that is placed otherwise than the plan's, NotImplementedError inside torch.func's transforms that

@@ -4,8 +4,8 @@ The values are E4M3 of the OCP 8-bit Floating Point Specification, revision 1.0:
 steps of 2^-9 below 2^-6, one NaN and no infinity. It is torch's ``float8_e4m3fn``, and not the ``fnuz`` that some AMD GPUs compute in.
 
 A block's scale s takes its largest value to 448 or just below, so that no finite value is cut off. What arrives of a value v differs from
-it by max(2^-4 |v|, 2^-10 s) at most: half a step of 3 bits of mantissa, or half of 2^-9; and by rounding to x's dtype. A value that is
-not finite arrives as NaN, and leaves the others of its block alone.
+it by max(2^-4 |v|, 2^-10 s) at most, half a step of 3 bits of mantissa or half of 2^-9, and by what is rounded in float32 and to x's dtype.
+A value that is not finite arrives as NaN, and leaves the others of its block alone.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.autograd.functional import hvp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.library import opcheck
 from torch.nn.functional import silu
 
@@ -167,6 +169,49 @@ def gradients_here() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gradients_pass_the_rounding_as_they_are_and_are_rounded_by_a_wire_of_their_own(ranks: int) -> None:
     run_ranks(gradients_here, ranks)
+
+
+def static_here() -> None:
+    """With room for all, and NaN in the padding of the experts' rows and of the gradient that they hand back."""
+    of = problem(sum(TOKENS[dist.get_world_size()]), 40)
+    experts, found = mine(of.experts), []
+    for max_rows in (None, 9):
+        x, weights = mine(of.x).requires_grad_(), mine(of.weights).requires_grad_()
+        plan = mf.plan(experts, weights, E, max_rows=max_rows)
+        rows = mf.dispatch(x, plan, wire="mxfp8", backward_wire="float8_e4m3")
+        padding = torch.arange(rows.shape[0]).unsqueeze(1) >= plan.offsets[-1]
+        assert not rows[padding.flatten()].any()
+        rows.register_hook(lambda grad, padding=padding: grad.masked_fill(padding, float("nan")))
+        y = mf.combine((rows**2).masked_fill(padding, float("nan")), plan, wire="float8_e4m3", backward_wire="mxfp8")
+        found.append([y, *torch.autograd.grad(y, (x, weights), mine(of.grad))])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_static_mode_reads_no_padding_forward_or_backward(ranks: int) -> None:
+    run_ranks(static_here, ranks)
+
+
+def dtensors_here() -> None:
+    """Tokens over ranks, as plain tensors are; and the hidden dim over ranks, whose slices are quantised as they are."""
+    of, mesh = problem(sum(TOKENS[2]), 200), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    experts, weights, whole = (each[:4].clone() for each in (of.experts, of.weights, of.x))
+    part, alone = whole.chunk(2, 1)[dist.get_rank()].contiguous(), dist.new_subgroups(group_size=1)[0]
+    for own, placement, over, group in ((whole, Shard(0), Shard(0), mesh), (part, Shard(1), Replicate(), alone)):
+        x = DTensor.from_local(own, mesh, [placement], run_check=False)
+        routed = [DTensor.from_local(each, mesh, [over], run_check=False) for each in (experts, weights)]
+        plan, plain = mf.plan(*routed, E, group, like=x), mf.plan(experts, weights, E, group)
+        rows = mf.dispatch(x, plan, wire="float8_e4m3")
+        assert_same(rows, mf.dispatch(own, plain, wire="float8_e4m3"))
+        assert_same(mf.dispatch_quantized(x, plan, "mxfp8").scales.float(), mf.dispatch_quantized(own, plain, "mxfp8").scales.float())
+        y = mf.combine(rows, plan, wire="mxfp8")
+        assert isinstance(y, DTensor)
+        assert y.placements == (placement,)
+        assert_same(y.to_local(), mf.combine(rows, plain, wire="mxfp8"))
+
+
+def test_dtensors_go_in_as_their_shards() -> None:
+    run_ranks(dtensors_here, 2)
 
 
 def layer(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor, wire: str | None) -> Tensor:
