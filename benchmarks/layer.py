@@ -22,7 +22,7 @@ import moecomm.functional as mf
 from benchmarks.gpu_peers import ways
 from benchmarks.inputs import routed, same, step
 from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
-from benchmarks.timing import WARM, Line, command, compared, exact, gathered, interleaved, peak, said
+from benchmarks.timing import INSTALLED, WARM, Line, command, compared, exact, gathered, interleaved, peak, said
 from moecomm.ops.weighted_sum import weighted_sum
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
@@ -39,7 +39,8 @@ RANKS, TOKENS, DIM, EXPERTS, TOP_K = 4, 1024, 1024, 64, (1, 2, 4, 8)
 ON_CPU, SMALL = Sizes(4096, 1024, 64, 8), Sizes(1024, 1024, 64, 8)  # one process; and for what is too slow for more
 ON_GPU = (Sizes(8192, 7168, 256, 8), Sizes(16384, 2048, 128, 8))
 DTYPES = (torch.float32, torch.bfloat16)
-REPEATS, TINY_REPEATS, SLOW_REPEATS = 7, 200, 3
+REPEATS, TINY_REPEATS, SLOW_REPEATS = {WARM: 7, INSTALLED: 5}, 200, 3  # the targets are for warm memory
+SECONDS = 1.0  # of repeats on one process: more than the least number of them, where they are short
 FLOOR, MASKS, LOOP = "floor", "one_hot", "expert_loop"
 
 
@@ -56,17 +57,19 @@ def sizes(device: str) -> Line:
 def measure(device: str, memory: str) -> list[Line]:
     """All lines of one setting."""
     if device == "cuda":
-        on_gpu = [line for size in ON_GPU for line in said(on_one(device, torch.bfloat16, size, (MASKS,)), memory)]
+        on_gpu = [line for size in ON_GPU for line in said(on_one(device, torch.bfloat16, size, REPEATS[memory], (MASKS,)), memory)]
         return on_gpu + said(tiny(device), memory)
     lines = []
     for dtype in DTYPES:
         for k in TOP_K:
-            lines += said(run_ranks(on_ranks, RANKS, dtype, k, timeout=600)[0], memory)
+            lines += said(run_ranks(on_ranks, RANKS, dtype, k, REPEATS[memory], timeout=600)[0], memory)
             if memory == WARM:  # what does not depend on it, once
                 lines += said(run_ranks(bytes_and_peak, RANKS, dtype, k, timeout=600)[0], memory)
-        lines += said(on_one(device, dtype, ON_CPU, (MASKS,)), memory)
+        lines += said(on_one(device, dtype, ON_CPU, REPEATS[memory], (MASKS,)), memory)
     if memory == WARM:
-        lines += said(on_one(device, torch.float32, SMALL, ("k_fold", "by_expert", LOOP))[:1], memory)  # the masks: most of it is matmuls
+        lines += said(
+            on_one(device, torch.float32, SMALL, SLOW_REPEATS, ("k_fold", "by_expert", LOOP))[:1], memory
+        )  # the masks: most of it is matmuls
         lines += said(run_ranks(threads, RANKS, timeout=600)[0], memory)
         lines += said(tiny(device), memory) + said(run_ranks(tiny_on_ranks, 2, timeout=600)[0], memory)
     return lines
@@ -75,7 +78,7 @@ def measure(device: str, memory: str) -> list[Line]:
 # On ranks
 
 
-def on_ranks(dtype: torch.dtype, k: int) -> list[Line]:
+def on_ranks(dtype: torch.dtype, k: int, repeats: int) -> list[Line]:
     for layer in ON_RANKS.values():
         check(layer, dtype, k)
     x, experts, weights, grad = routed(TOKENS, DIM, EXPERTS, k, dtype)
@@ -87,7 +90,7 @@ def on_ranks(dtype: torch.dtype, k: int) -> list[Line]:
 
     steps = {name: partial(step, layer, x, experts, weights, EXPERTS, grad) for name, layer in ON_RANKS.items()}
     parts = {FLOOR: floor(x, plan), "plan": partial(mf.plan, experts, weights.detach(), EXPERTS, like=x), "forward": exchange_and_permute}
-    times = interleaved(steps | parts, "cpu", REPEATS)
+    times = interleaved(steps | parts, "cpu", repeats)
     base = {"what": f"{RANKS} ranks", "dtype": str(dtype).removeprefix("torch."), "k": k}
     pairs = [(name, MOECOMM) for name in ON_RANKS if name != MOECOMM] + [(MOECOMM, FLOOR), ("plan", "forward")]
     return [compared(times, case, to) | base for case, to in pairs]
@@ -140,7 +143,7 @@ def threads() -> list[Line]:
         step(ON_RANKS[MOECOMM], x, experts, weights, EXPERTS, grad)
 
     cases = {"2 threads a rank": partial(with_threads, 2), "1 thread a rank": partial(with_threads, 1)}
-    times = interleaved(cases, "cpu", REPEATS)
+    times = interleaved(cases, "cpu", REPEATS[WARM])
     torch.set_num_threads(1)
     return [compared(times, *cases) | {"what": f"threads, {RANKS} ranks", "dtype": "float32", "k": max(TOP_K)}]
 
@@ -148,14 +151,14 @@ def threads() -> list[Line]:
 # On one process
 
 
-def on_one(device: str, dtype: torch.dtype, size: Sizes, without: Sequence[str] = ()) -> list[Line]:
+def on_one(device: str, dtype: torch.dtype, size: Sizes, repeats: int, without: Sequence[str] = ()) -> list[Line]:
     """moecomm beside the other ways; the floor is a copy of all rows."""
     here = ways(device, dtype, without)
     x, experts, weights, grad = routed(size.tokens, size.dim, size.experts, size.k, dtype, device)
     rows = x.new_ones(size.tokens * size.k, size.dim)
     target = torch.empty_like(rows)
     steps = {name: partial(step, layer, x, experts, weights, size.experts, grad) for name, layer in here.items()}
-    times = interleaved(steps | {FLOOR: lambda: target.copy_(rows)}, device, SLOW_REPEATS if MASKS in here else REPEATS, seconds=1.0)
+    times = interleaved(steps | {FLOOR: lambda: target.copy_(rows)}, device, repeats, seconds=SECONDS)
     base = {"what": "1 process", "dtype": str(dtype).removeprefix("torch.")} | size._asdict()
     lines = [compared(times, case, to) | base for case, to in [*((name, MOECOMM) for name in here if name != MOECOMM), (MOECOMM, FLOOR)]]
     if "k_fold" in here:

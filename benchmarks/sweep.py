@@ -21,7 +21,7 @@ from benchmarks.gpu_peers import ways
 from benchmarks.inputs import ALL_TO_ONE, UNIFORM, ZIPF, routed, same, step
 from benchmarks.layer import FLOOR, MASKS, floor
 from benchmarks.peers import MOECOMM, ON_RANKS, Layer, check
-from benchmarks.timing import Line, command, compared, gathered, interleaved, peak, saved
+from benchmarks.timing import WARM, Line, command, compared, gathered, interleaved, peak, saved
 from tests.spawn import run_ranks
 
 
@@ -45,7 +45,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 BASE = Point(2048, 512, 64, 4, 2)
 BASE_ON_GPU = Point(8192, 2048, 64, 8, 1)
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-REPEATS, SECONDS = 5, 1.0  # a point, at least and about
+REPEATS, SECONDS = 5, 0.8  # a point, at least and about
 
 
 def main() -> None:
@@ -68,7 +68,8 @@ def points(device: str) -> list[Point]:
 def measure(device: str, memory: str) -> list[Line]:
     lines = []
     for point in points(device):
-        made = run_ranks(here, point.ranks, device, point, timeout=600)[0] if point.ranks > 1 else here(device, point)
+        given = device, point, memory == WARM
+        made = run_ranks(here, point.ranks, *given, timeout=600)[0] if point.ranks > 1 else here(*given)
         lines += made
         best = min((line for line in made if line["case"] not in (MOECOMM, FLOOR)), key=lambda line: line["ratio"])
         whole = ", ".join(f"{name} {value}" for name, value in point._asdict().items())
@@ -76,8 +77,8 @@ def measure(device: str, memory: str) -> list[Line]:
     return lines
 
 
-def here(device: str, point: Point) -> list[Line]:
-    """The lines of a point, on each of its ranks."""
+def here(device: str, point: Point, amounts: bool) -> list[Line]:
+    """The lines of a point, on each of its ranks; with the amounts of memory, which depend on no setting."""
     dtype = DTYPES[device]
     x, experts, weights, grad = routed(point.tokens // point.ranks, point.dim, point.experts, point.k, dtype, device, point.routing)
     layers = layers_at(device, point, dtype)
@@ -92,7 +93,7 @@ def here(device: str, point: Point) -> list[Line]:
     lines = []
     for name in times:
         line = compared(times, name, MOECOMM) | point._asdict() | {"dtype": str(dtype).removeprefix("torch.")}
-        if name != FLOOR:
+        if amounts and name != FLOOR:
             forward = partial(layers[name], x, experts, weights, point.experts, same)
             line |= {"peak": max(gathered(peak(steps[name], device))), "saved": max(gathered(saved(forward, (x, experts, weights))))}
         lines.append(line)

@@ -174,8 +174,7 @@ def gathered(value: int) -> list[int]:
 
 
 def peak(run: Callable[[], object], device: str) -> int:
-    """The most bytes that were allocated at a time while it ran, beyond those of before."""
-    run()
+    """The most bytes that are allocated at a time while it runs, beyond those of before; it has run before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -58,8 +58,8 @@ def test_a_layer_with_experts_is_the_dense_one() -> None:
 
 
 def lines_here() -> list[timing.Line]:
-    with patch.multiple(layer, TOKENS=16, DIM=8, REPEATS=2):
-        return layer.on_ranks(torch.float32, 2) + layer.bytes_and_peak(torch.float32, 2) + layer.threads()
+    with patch.multiple(layer, TOKENS=16, DIM=8, REPEATS={timing.WARM: 2}):
+        return layer.on_ranks(torch.float32, 2, 2) + layer.bytes_and_peak(torch.float32, 2) + layer.threads()
 
 
 def test_ranks_are_measured_alike_and_bytes_are_counted() -> None:
@@ -139,8 +139,8 @@ def test_a_layer_with_experts_is_measured_beside_matmuls() -> None:
 
 
 def test_one_process_and_tiny_sizes_are_measured() -> None:
-    with patch.multiple(layer, REPEATS=2, TINY_REPEATS=2, SLOW_REPEATS=2):
-        lines = layer.on_one("cpu", torch.float32, layer.Sizes(64, 16, 8, 2)) + layer.tiny("cpu")
+    with patch.multiple(layer, SECONDS=0.0, TINY_REPEATS=2):
+        lines = layer.on_one("cpu", torch.float32, layer.Sizes(64, 16, 8, 2), 2) + layer.tiny("cpu")
     assert {line["case"] for line in lines if line["what"] == "1 process"} == set(ON_ONE)
 
 
@@ -159,7 +159,7 @@ def test_the_sweep_reaches_what_it_says() -> None:
 
 def point_here(point: Point) -> list[timing.Line]:
     with patch.multiple(sweep, REPEATS=2, SECONDS=0.0):
-        return sweep.here("cpu", point)
+        return sweep.here("cpu", point, amounts=True)
 
 
 def test_a_point_of_the_sweep_is_measured() -> None:
@@ -205,10 +205,10 @@ def test_results_of_a_gpu_are_written_like_those_of_a_cpu() -> None:
     def written(name: str, lines: list[timing.Line]) -> str:
         return figures.SECTIONS[name][1]({"about": about, "lines": [line | {"memory": timing.WARM} for line in lines]})
 
-    with patch.object(floors, "REPEATS", 2), patch.object(experts, "REPEATS", 2), patch.object(layer, "REPEATS", 2):
+    with patch.object(floors, "REPEATS", 2), patch.object(experts, "REPEATS", 2), patch.object(layer, "SECONDS", 0.0):
         ops = floors.ops("cpu", torch.bfloat16, floors.Sizes(64, 32, 8, 2))
         whole = experts.layer_with_experts("cpu", experts.Sizes(64, 32, 16, 4, 2))
-        one = layer.on_one("cpu", torch.bfloat16, layer.Sizes(64, 16, 8, 2), ("one_hot",))
+        one = layer.on_one("cpu", torch.bfloat16, layer.Sizes(64, 16, 8, 2), 2, ("one_hot",))
     captured = next(line for line in ops if line["case"] == "plan") | {"case": floors.GRAPH}
     assert "<= 60 us: " in written("floors", [*ops, captured])
     assert ">= 85%: " in written("floors", [*ops, captured])
