@@ -1,9 +1,10 @@
-"""What the ranks of a group must have passed alike, compared by checksums before anything else is sent: tensors' kinds, placements."""
+"""What the ranks of a group must have passed alike, compared by checksums before anything else is sent: tensors, placements, calls."""
 
 from __future__ import annotations
 
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -27,12 +28,17 @@ def checksums(function: str, passed: object, device: torch.device, group: Group)
     return [message[SIGNATURE + 1] for message in messages]
 
 
+def _gathered(passed: object, group: Group) -> list[Any]:
+    ranks: list[Any] = [None] * group.size
+    dist.all_gather_object(ranks, passed, process_group(group.name))
+    return ranks
+
+
 def check_same_kind(function: str, tensors: Sequence[Tensor], group: Group) -> None:
     """Raise, alike on every rank, where the ranks' tensors differ in number, dtype or shape."""
     mine = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors]
     if len(set(checksums(function, mine, tensors[0].device, group))) > 1:
-        ranks: list[Any] = [None] * group.size
-        dist.all_gather_object(ranks, mine, process_group(group.name))
+        ranks = _gathered(mine, group)
         at = next(i for i, what in enumerate(zip_longest(*ranks)) if len(set(what)) > 1)
         passed = ", ".join(f"{theirs[at] if at < len(theirs) else 'missing'} on rank {rank}" for rank, theirs in enumerate(ranks))
         raise MoECommError(f"params' tensor {at} was {passed} of the group; it must be of the same dtype and shape on every rank")
@@ -44,3 +50,35 @@ def check_same_placement(function: str, rows: list[list[int]], device: torch.dev
     if len(set(every)) > 1:
         passed = ", ".join(f"of checksum {value:08x} on rank {rank}" for rank, value in enumerate(every))
         raise MoECommError(f"placement was {passed} of the group; it must be the same on every rank")
+
+
+def ticket(device: torch.device, group: Group) -> int:
+    """A number that all ranks have alike and, but for chance, no other plan has: one small exchange, read by the host."""
+    if group.size == 1 or torch.compiler.is_compiling():
+        return 0
+    return zlib.crc32(repr(checksums("plan", time.time_ns(), device, group)).encode()) or 1
+
+
+def check_same_call(
+    function: str, ticket: int, passed: dict[str, object], check: Callable[[], None], device: torch.device, group: Group
+) -> None:
+    """``check()`` what this rank passed; with a ticket also that the other ranks found theirs right, and passed the same for this plan.
+
+    Without one an error is raised here alone, and the exchanges of the others wait for this rank. With one it is raised on every rank.
+    """
+    if not ticket or torch.compiler.is_compiling():
+        check()
+        return
+    error = None
+    try:
+        check()
+    except (TypeError, ValueError) as raised:
+        error = raised
+    mine = {"plan": f"number {ticket}", **passed, "what was passed": "as it must be" if error is None else f"refused ({error})"}
+    if len(set(checksums(function, mine, device, group))) > 1:
+        ranks = _gathered(mine, group)
+        what = next(what for each in ranks for what in each if len({other.get(what) for other in ranks}) > 1)
+        theirs = ", ".join(f"{each.get(what, 'missing')} on rank {rank}" for rank, each in enumerate(ranks))
+        raise MoECommError(f"{what} was {theirs} of the group; {function} must be called alike on every rank") from error
+    if error is not None:
+        raise error

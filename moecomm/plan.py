@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_leaves
 
+from moecomm.agree import ticket
 from moecomm.dtensor import make_layout, to_local
 from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     group: str  # the group's name, "" for a single process
     layout: Tensor | None = None  # [T of all ranks, 0, ...]: a DTensor, how combine's y is placed; None where no argument was a DTensor
     dropped: Tensor | None = None  # [] int32: this rank's slots of an expert for which static mode had no row; None without max_rows
+    ticket: int = 0  # with check=True a number that all ranks have alike, by which dispatch and combine tell plans apart; else 0
 
 
 @profiled
@@ -87,8 +89,11 @@ def plan(
             so that ranks that disagree on them get an error here and not a broken exchange later. Of a DTensor, its placements are those
             of `combine`'s result; of several, those of the first.
         max_rows: C, the same on all ranks, switches static mode on: each rank sends C tokens to each, padding among them.
-        check: look for more than costs nothing: for weights that are NaN or infinite, and in static mode for all that is looked for
-            otherwise; there it takes the exchange of counts and the host sync that static mode does without. For finding a fault.
+        check: look for more than costs nothing, to find a fault. For weights that are NaN or infinite; in static mode for all that is
+            looked for otherwise, by the exchange of counts and the host sync that it does without. And `dispatch` and `combine` of this
+            plan then compare, in eager code, what the ranks call and pass, by a small exchange and a host sync before their own: ranks
+            that call another one of them or another plan's, one more of them, or differ in shapes, dtypes, wires or requires_grad all get
+            the same error, and so they do where one rank refuses its arguments.
         align: each expert's rows begin at a multiple of it, as grouped matmuls of low precision need it: 16 for float8, 32 for mxfp8. N
             is L * (align - 1) more, and nothing more is sent. Between the experts' rows and behind them lies padding: `dispatch` gives
             zeros there, `combine` reads nothing, and its gradient is zero.
@@ -171,6 +176,8 @@ def plan(
     signed = signature(experts, weights, num_experts, leaves, checksum, max_rows)
     make = _dynamic_plan if max_rows is None else partial(_static_plan, max_rows)
     made = make(experts, weights, num_experts, places, placed, local, signed, check, align, ranks)
+    if check:
+        made = made._replace(ticket=ticket(experts.device, ranks))
     log_plan(made, leaves)
     return made
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moecomm.dtensor import check_rows, hidden_groups, placed, shard_of
+from moecomm.agree import check_same_call
+from moecomm.dtensor import check_rows, hidden_groups, placed, shard_of, to_local
 from moecomm.errors import check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
+from moecomm.group import resolve_group
 from moecomm.ops import tokens as ops
 from moecomm.ops.gather import gather
 from moecomm.ops.sums import sum_gradient
@@ -84,10 +86,14 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     """
     _check_plan(plan)
     check_reverse_mode("dispatch", tree_leaves(x))
+
+    def check() -> None:
+        for leaf in tree_leaves(x):  # all of them, before the first is sent
+            _check_leaf("x", shard_of("x", leaf, plan.layout), plan, plan.tokens, "T")
+            _check_wires("x", leaf, wire, backward_wire)
+
+    _check_call("dispatch", plan, {"x": x}, (wire, backward_wire), check)
     x = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
-    for leaf in tree_leaves(x):  # all of them, before the first is sent
-        _check_leaf("x", leaf, plan, plan.tokens, "T")
-        _check_wires("x", leaf, wire, backward_wire)
     return tree_map(lambda leaf: _dispatch(leaf, plan, wire, backward_wire), x)
 
 
@@ -130,12 +136,16 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
     """
     _check_plan(plan)
     check_reverse_mode("dispatch_quantized", [x])
+
+    def check() -> None:
+        check_tensor("x", x, "[T, D]", dims=2)
+        _check_leaf("x", shard_of("x", x, plan.layout), plan, plan.tokens, "T")
+        if wire is None:
+            wrong_type("wire", "None", _listed(WIRES))
+        _check_wires("x", x, wire, backward_wire)
+
+    _check_call("dispatch_quantized", plan, {"x": x}, (wire, backward_wire), check)
     x = shard_of("x", x, plan.layout)
-    check_tensor("x", x, "[T, D]", dims=2)
-    _check_leaf("x", x, plan, plan.tokens, "T")
-    if wire is None:
-        wrong_type("wire", "None", _listed(WIRES))
-    _check_wires("x", x, wire, backward_wire)
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     return Quantized(*dispatch_quantized_op(x, *indices, plan.group, wire, backward_wire))
 
@@ -175,11 +185,15 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
     """
     _check_plan(plan)
     check_reverse_mode("combine", [plan.weights, *tree_leaves(rows)])
-    for leaf in tree_leaves(rows):  # all of them, before the first is sent
-        _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
-        check_floating("rows", leaf)
-        check_rows("rows", leaf, plan.layout)
-        _check_wires("rows", leaf, wire, backward_wire)
+
+    def check() -> None:
+        for leaf in tree_leaves(rows):  # all of them, before the first is sent
+            _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
+            check_floating("rows", leaf)
+            check_rows("rows", leaf, plan.layout)
+            _check_wires("rows", leaf, wire, backward_wire)
+
+    _check_call("combine", plan, {"rows": rows, "the plan's weights": plan.weights}, (wire, backward_wire), check)
     weights = plan.weights
     for group in hidden_groups(plan.layout):  # the rows of a rank give only their slice's part of the weights' gradient
         weights = sum_gradient(weights, group.size, group.name)
@@ -213,6 +227,23 @@ def _combine(rows: Tensor, weights: Tensor, plan: Plan, wire: str | None, backwa
 def _check_plan(plan: Plan) -> None:
     if not isinstance(plan, Plan):
         wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
+
+
+def _check_call(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any, Any], check: Callable[[], None]) -> None:
+    described: dict[str, object] = {}
+    if plan.ticket:
+        described = {"wire": wires[0], "backward_wire": wires[1]}
+        for argument, tree in passed.items():
+            described |= {f"{argument}'s leaf {i}" if i else argument: _kind(leaf) for i, leaf in enumerate(tree_leaves(tree))}
+    check_same_call(function, plan.ticket, described, check, plan.row_order.device, resolve_group(plan.group))
+
+
+def _kind(leaf: object) -> str:
+    """What the ranks' messages, and their part in the backward pass, depend on."""
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        return type(leaf).__name__
+    gradient = ", requires_grad" if leaf.requires_grad and is_grad_enabled() else ""
+    return f"{str(leaf.dtype).removeprefix('torch.')} {list(to_local(leaf).shape[1:])} a row{gradient}"
 
 
 def _check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from moecomm.errors import ExpertIdError, MoECommError
 
 PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, NOT_FINITE, SIGNATURE = range(7)  # the columns of a message; the signature takes the rest
-FUNCTIONS = ("plan", "plan with max_rows", "sync_params_", "sync_replicas_")
+FUNCTIONS = ("plan", "plan with max_rows", "sync_params_", "sync_replicas_", "dispatch", "combine", "dispatch_quantized")
 SIGNED = (  # what the numbers of a signature mean
     "function", "k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype", "like's other tensors", "placement",
     "max_rows", "requires_grad",

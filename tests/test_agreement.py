@@ -109,6 +109,124 @@ def test_ranks_that_agree_raise_nothing() -> None:
     run_ranks(calls_here, 2)
 
 
+def checked(num_experts: int = E, **changed: Any) -> mf.Plan:
+    _, experts, weights = inputs()
+    return mf.plan(experts, weights, num_experts, check=True, **changed)
+
+
+def then_combine(plan: mf.Plan, x: Tensor) -> Tensor:
+    return mf.combine(mf.dispatch(x, plan), plan)
+
+
+# What each of two ranks does with two plans that both made with check=True, and the error that both get.
+LATER: dict[str, tuple[Callable[[mf.Plan, mf.Plan], object], Callable[[mf.Plan, mf.Plan], object], str]] = {
+    "one more dispatch": (
+        lambda first, second: (mf.dispatch(inputs()[0], first), plan()),
+        lambda first, second: (mf.dispatch(inputs()[0], first), mf.dispatch(inputs()[0], first)),
+        "function was plan on rank 0, dispatch on rank 1 of the group; it must be the same on every rank",
+    ),
+    "another function": (
+        lambda first, second: mf.dispatch(torch.ones(T, D), first),
+        lambda first, second: mf.combine(torch.ones(first.row_order.shape[0], D), first),
+        "function was dispatch on rank 0, combine on rank 1 of the group; it must be the same on every rank",
+    ),
+    "a quantised one": (
+        lambda first, second: mf.dispatch(torch.ones(T, D), first, wire="mxfp8"),
+        lambda first, second: mf.dispatch_quantized(torch.ones(T, D), first, "mxfp8"),
+        "function was dispatch on rank 0, dispatch_quantized on rank 1 of the group; it must be the same on every rank",
+    ),
+    "another order": (
+        lambda first, second: (mf.dispatch(torch.ones(T, D), first), mf.dispatch(torch.ones(T, D), second)),
+        lambda first, second: (mf.dispatch(torch.ones(T, D), second), mf.dispatch(torch.ones(T, D), first)),
+        "plan was number FIRST on rank 0, number SECOND on rank 1 of the group; dispatch must be called alike on every rank",
+    ),
+    "another width": (
+        lambda first, second: mf.dispatch(torch.ones(T, D), first),
+        lambda first, second: mf.dispatch(torch.ones(T, D, 2), first),
+        "x was float32 [5] a row on rank 0, float32 [5, 2] a row on rank 1 of the group; dispatch must be called alike on every rank",
+    ),
+    "a companion of another dtype": (
+        lambda first, second: mf.dispatch([torch.ones(T, D), torch.ones(T)], first),
+        lambda first, second: mf.dispatch([torch.ones(T, D), torch.ones(T, dtype=torch.int32)], first),
+        "x's leaf 1 was float32 [] a row on rank 0, int32 [] a row on rank 1 of the group; dispatch must be called alike on every rank",
+    ),
+    "a companion that is missing": (
+        lambda first, second: mf.dispatch([torch.ones(T, D), torch.ones(T)], first),
+        lambda first, second: mf.dispatch([torch.ones(T, D)], first),
+        "x's leaf 1 was float32 [] a row on rank 0, missing on rank 1 of the group; dispatch must be called alike on every rank",
+    ),
+    "a companion of another T": (
+        lambda first, second: mf.dispatch([torch.ones(T, D), torch.ones(T)], first),
+        lambda first, second: mf.dispatch([torch.ones(T, D), torch.ones(T + 1)], first),
+        "what was passed was as it must be on rank 0, refused (x was of shape [7]; it must be of shape [6, ...], the plan's T = 6) on "
+        "rank 1 of the group; dispatch must be called alike on every rank",
+    ),
+    "gradients of x": (
+        lambda first, second: mf.dispatch(torch.ones(T, D, requires_grad=True), first),
+        lambda first, second: mf.dispatch(torch.ones(T, D), first),
+        "x was float32 [5] a row, requires_grad on rank 0, float32 [5] a row on rank 1 of the group; dispatch must be called alike on "
+        "every rank",
+    ),
+    "gradients of rows": (
+        lambda first, second: then_combine(first, torch.ones(T, D)),
+        lambda first, second: mf.combine(mf.dispatch(torch.ones(T, D), first).requires_grad_(), first),
+        "rows was float32 [5] a row on rank 0, float32 [5] a row, requires_grad on rank 1 of the group; combine must be called alike on "
+        "every rank",
+    ),
+    "another wire": (
+        lambda first, second: mf.dispatch(torch.ones(T, D), first, wire="mxfp8"),
+        lambda first, second: mf.dispatch(torch.ones(T, D), first),
+        "wire was mxfp8 on rank 0, None on rank 1 of the group; dispatch must be called alike on every rank",
+    ),
+    "another backward wire": (
+        lambda first, second: then_combine(first, torch.ones(T, D)),
+        lambda first, second: mf.combine(mf.dispatch(torch.ones(T, D), first), first, backward_wire="mxfp8"),
+        "backward_wire was None on rank 0, mxfp8 on rank 1 of the group; combine must be called alike on every rank",
+    ),
+}
+
+
+def later_here(max_rows: int | None) -> list[tuple[str, str]]:
+    texts = []
+    for *calls, want in LATER.values():
+        first, second = checked(max_rows=max_rows), checked(2 * E, max_rows=max_rows)
+        with pytest.raises(MoECommError) as raised:
+            calls[dist.get_rank()](first, second)
+        assert_the_group_still_works()
+        texts.append((str(raised.value), want.replace("FIRST", str(first.ticket)).replace("SECOND", str(second.ticket))))
+    return texts
+
+
+@pytest.mark.parametrize("max_rows", [None, T])
+def test_after_a_plan_with_check_ranks_that_dispatch_and_combine_otherwise_get_the_same_error(max_rows: int | None) -> None:
+    for texts in run_ranks(later_here, 2, max_rows):
+        for text, want in texts:
+            assert text == want
+
+
+def alike_here() -> None:
+    x, experts, weights = inputs()
+    for max_rows in (None, T):
+        made = mf.plan(experts, weights.requires_grad_(), E, check=True, max_rows=max_rows)
+        y = then_combine(made, x.requires_grad_())
+        y.sum().backward()
+        torch.testing.assert_close(y, torch.full((T, D), float(K)))
+        torch.testing.assert_close(x.grad, torch.full((T, D), float(K)))
+        with pytest.raises(ValueError, match="x was of shape"):  # on both ranks alike: their own error
+            mf.dispatch(torch.ones(T + 1, D), made)
+        x.grad = None
+    assert plan_without_check().ticket == 0
+
+
+def plan_without_check() -> mf.Plan:
+    _, experts, weights = inputs()
+    return mf.plan(experts, weights, E)
+
+
+def test_after_a_plan_with_check_ranks_that_agree_compute_as_ever() -> None:
+    run_ranks(alike_here, 2)
+
+
 def faulty(max_rows: int | None, weight: float, expert: int) -> tuple[type, str]:
     _, experts, weights = inputs()
     if dist.get_rank() == 1:
