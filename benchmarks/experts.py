@@ -14,28 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import silu
 
 import moecomm.functional as mf
 from benchmarks.captured import captured
+from benchmarks.gpu_peers import LAYERS, runs, wholes
 from benchmarks.inputs import routed
-from benchmarks.peers import MOECOMM, ON_ONE, Compute, Layer
+from benchmarks.peers import MOECOMM, ON_ONE, Compute
 from benchmarks.timing import Line, command, compared, exact, interleaved, peak, said
-
-Whole = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # x, experts, weights, into [E, 2 H, D], out [E, D, H] -> y
-
-
-class Sizes(NamedTuple):
-    tokens: int
-    dim: int
-    hidden: int
-    experts: int
-    k: int
-
+from benchmarks.whole import Sizes, Whole, check_whole, matrices, swiglu, with_experts
 
 ON_CPU = (Sizes(1024, 512, 256, 16, 4),)
 ON_GPU = (Sizes(8192, 7168, 2048, 256, 8), Sizes(16384, 2048, 768, 128, 8))  # as DeepSeek-V3 has, and as Qwen3-30B-A3B has
@@ -62,8 +52,6 @@ def measure(device: str, memory: str) -> list[Line]:
 
 
 def layer_with_experts(device: str, size: Sizes) -> list[Line]:
-    from benchmarks.gpu_peers import LAYERS, runs, wholes  # which takes its types from here
-
     permuted = {name: layer for name, layer in LAYERS.items() if device == "cuda" and runs(name, torch.bfloat16)}
     ways = {
         name: with_experts(layer)
@@ -102,27 +90,6 @@ def has_room(*experts: Tensor) -> bool:
     return needed <= there
 
 
-def matrices(size: Sizes, device: str) -> tuple[Tensor, Tensor]:
-    seed = torch.Generator(device).manual_seed(0)
-    shapes = (size.experts, 2 * size.hidden, size.dim), (size.experts, size.dim, size.hidden)
-    made = [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[2] ** -0.5, generator=seed) for shape in shapes]
-    return made[0].requires_grad_(), made[1].requires_grad_()
-
-
-def swiglu(rows: Tensor, ends: Tensor, into: Tensor, out: Tensor) -> Tensor:
-    gate, up = grouped_mm(rows, into.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    return grouped_mm(silu(gate) * up, out.transpose(1, 2), offs=ends)
-
-
-def with_experts(layer: Layer) -> Whole:
-    """The layer around experts of grouped_mm."""
-
-    def whole(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor) -> Tensor:
-        return layer(x, experts, weights, into.shape[0], lambda rows, ends, _: swiglu(rows, ends, into, out))  # type: ignore[arg-type]
-
-    return whole
-
-
 def static(x: Tensor, experts: Tensor, weights: Tensor, num_experts: int, compute: Compute) -> Tensor:
     plan = mf.plan(experts, weights, num_experts, like=x, max_rows=x.shape[0])
     return mf.combine(compute(mf.dispatch(x, plan), plan.offsets, 0), plan)
@@ -152,32 +119,6 @@ def floors(
     source = x.detach().new_ones((5 * tokens * k + 4 * tokens) // 2, dim)
     target = torch.empty_like(source)
     return alone, dense, lambda: target.copy_(source)
-
-
-def check_whole(way: Whole, dtype: torch.dtype, device: str) -> None:
-    """Raise unless it is the dense float64 layer, with its gradients."""
-    size = Sizes(48, 64, 32, 8, 2)
-    x, experts, weights, grad = routed(size.tokens, size.dim, size.experts, size.k, dtype, device)
-    given = x, weights, *(matrix.detach().to(dtype).requires_grad_() for matrix in matrices(size, device))
-    found = _checked(way, given, experts, grad)
-    right = _checked(dense_layer, tuple(tensor.detach().double().requires_grad_() for tensor in given), experts, grad.double())
-    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-4
-    for one, other in zip(found, right, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance * max(1.0, other.abs().max().item()))
-
-
-def _checked(way: Whole, given: tuple[Tensor, ...], experts: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    x, weights, into, out = given
-    y = way(x, experts, weights, into, out)
-    return y.detach(), *torch.autograd.grad(y, given, grad)
-
-
-def dense_layer(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor) -> Tensor:
-    """Every expert over every token."""
-    gate, up = torch.einsum("td,ehd->eth", x, into).chunk(2, dim=-1)
-    each = torch.einsum("eth,edh->etd", silu(gate) * up, out)
-    mix = torch.zeros(x.shape[0], into.shape[0], dtype=x.dtype, device=x.device).scatter_add(1, experts, weights)  # [T, E]
-    return torch.einsum("te,etd->td", mix, each)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.experts import Whole, check_whole
 from benchmarks.peers import ON_ONE, Compute, Layer, check
+from benchmarks.whole import Whole, check_whole
 
 
 def megablocks(x: Tensor, experts: Tensor, weights: Tensor, num_experts: int, compute: Compute) -> Tensor:

@@ -14,6 +14,7 @@ from benchmarks import experts, figures, floors, layer, links, sweep, timing
 from benchmarks.inputs import ALL_TO_ONE, ZIPF, routed, step
 from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
 from benchmarks.sweep import Point
+from benchmarks.whole import check_whole, with_experts
 from tests.spawn import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,13 +46,13 @@ def test_the_checks_see_a_layer_that_is_wrong() -> None:
     with pytest.raises(AssertionError, match="not close"):
         check(forgets_weights, torch.float32, 2)
     with pytest.raises(AssertionError, match="not close"):
-        experts.check_whole(experts.with_experts(forgets_weights), torch.float32, "cpu")
+        check_whole(with_experts(forgets_weights), torch.float32, "cpu")
 
 
 def test_a_layer_with_experts_is_the_dense_one() -> None:
     for way in (ON_ONE[MOECOMM], experts.static, ON_ONE["k_fold"]):
         for dtype in DTYPES:
-            experts.check_whole(experts.with_experts(way), dtype, "cpu")
+            check_whole(with_experts(way), dtype, "cpu")
 
 
 # What is counted

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from benchmarks import gpu_peers
-from benchmarks.experts import check_whole
 from benchmarks.peers import ON_ONE, check
+from benchmarks.whole import check_whole
 
 
 def grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
