@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYER = "tutorials/01_your_own_moe_layer.py"
 PARALLELISM = "tutorials/02_parallelism.py"
 FROM_FASTMOE = "tutorials/03_from_fastmoe.py"
+TWO_LEVELS = "tutorials/05_two_levels.py"
 
 
 def test_the_snippet_of_the_readme_runs() -> None:
@@ -41,15 +42,28 @@ def test_the_tutorial_trains_a_better_layer_and_the_same_one_on_two_ranks() -> N
     assert together == {name: pytest.approx(error, rel=0.1) for name, error in alone.items()}
 
 
-@pytest.mark.slow
-def test_every_way_of_the_tutorial_on_parallelism_is_as_one_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(ROOT / PARALLELISM)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def on_four_ranks(script: str, folder: Path, ways: int) -> str:
+    """What a tutorial prints that compares so many ways with one process, in float64: only the order of sums differs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(ROOT / script)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     differences = [float(found) for found in re.findall(r"differs from one process by (\S+)", done.stdout)]
-    assert len(differences) == 7
-    assert max(differences) < 1e-13  # float64: only the order of sums differs
+    assert len(differences) == ways
+    assert max(differences) < 1e-13
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_way_of_the_tutorial_on_parallelism_is_as_one_process(tmp_path: Path) -> None:
+    on_four_ranks(PARALLELISM, tmp_path, 7)
     assert (tmp_path / "runs" / "parallelism.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_tokens_cross_between_nodes_once_in_the_tutorial_on_two_levels(tmp_path: Path) -> None:
+    printed = on_four_ranks(TWO_LEVELS, tmp_path, 3)
+    one, two = map(int, re.findall(r"nodes: (\d+) with one plan, (\d+) with two", printed)[0])
+    assert 0 < two <= 48 < one  # of 48 tokens
 
 
 @pytest.mark.slow
