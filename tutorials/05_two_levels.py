@@ -6,9 +6,9 @@ Four processes play two nodes of two ranks. It prints how far the layer is from 
 """
 
 # %% Why
-# A plan sends a token once to each rank that has one of its experts. Where eight ranks of another node do, it crosses the network eight times,
-# at a ninth of the speed that the ranks of a node have among each other. DeepEP, whose kernels are made for that, sends it once to the node and
-# from there on to the ranks. Here that is two plans: the first one's experts are nodes.
+# A plan sends a token once to each rank that has one of its experts. Where eight ranks of another node do, it crosses the network eight
+# times, at a ninth of the speed that the ranks of a node have among each other. DeepEP, whose kernels are made for that, sends it once to
+# the node and from there on to the ranks. Here that is two plans: the first one's experts are nodes.
 
 from collections.abc import Callable
 
