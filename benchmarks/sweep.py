@@ -5,7 +5,8 @@
 
 Variables: tokens (of all ranks together), the hidden size, experts, experts a token, ranks, and how even the routing is. A line a point and
 way: its time to moecomm's, the most memory that a rank allocates in a step, and what it keeps for the backward pass, beyond the tensors
-that the caller has. The floor: on ranks, the step's four exchanges of rows by themselves; on one process, a copy of all rows.
+that the caller has. The largest points take about 4 GiB, of all ranks together. The floor: on ranks, the step's four exchanges of rows by
+themselves; on one process, a copy of all rows.
 """
 
 from __future__ import annotations
