@@ -7,7 +7,7 @@ ARGS ?=
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 
-.PHONY: demo test test-all test-fast test-torch lint format bench gpu clean
+.PHONY: demo test test-all test-fast test-torch lint format bench gpu fuzz soak sanitize lock audit clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -52,6 +52,31 @@ bench: $(READY)  ## ratios to floors and to other ways of the same layer, into b
 gpu: $(READY)  ## the same on a GPU, on one process
 	for each in floors layer experts sweep; do $(BIN)/python -m benchmarks.$$each --device cuda || exit 1; done
 	$(BIN)/python -m benchmarks.figures
+
+fuzz: $(READY)  ## very many random cases, other ones each time, against their definitions: 20 minutes
+	FUZZ=1 $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+soak: $(READY)  ## does anything grow? 30 minutes, into benchmarks/results; make soak ARGS="--minutes 5"
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+sanitize: $(READY)  ## the ops' tests under compute-sanitizer, where there are a GPU and that
+	@command -v compute-sanitizer > /dev/null && $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "nothing was sanitized: there is no GPU here, or no compute-sanitizer"; exit 2; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+		$(BIN)/python -m pytest tests/ops $(ARGS)
+
+build/tools/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1
+	touch $@
+
+lock: build/tools/.ready  ## write requirements.lock anew, from pyproject.toml and constraints.txt
+	CUSTOM_COMPILE_COMMAND="make lock" $(<D)/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
+		--no-emit-find-links --no-emit-index-url --no-emit-trusted-host --extra demo --extra lint --extra test \
+		--constraint constraints.txt --output-file requirements.lock pyproject.toml
+
+audit: build/tools/.ready  ## known vulnerabilities of what is locked: ends with 1 for some, with 2 where nobody can be asked
+	$(<D)/bin/python .ci/audit.py requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs
