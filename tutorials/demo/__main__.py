@@ -1,11 +1,14 @@
-"""Starts the ranks with torchrun and ends them well: `python -m tutorials.demo --help`, or `make demo`."""
+"""Starts the ranks, or is one that torchrun started: `python -m tutorials.demo --help`, `make demo`, or
+
+    torchrun --nproc-per-node 4 --max-restarts 2 -m tutorials.demo
+
+which starts all ranks again when one is lost; they then go on from the newest complete checkpoint in --out.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from argparse import Namespace
@@ -13,11 +16,9 @@ from pathlib import Path
 
 import torch
 
+from tutorials.demo import launch, train
 from tutorials.demo.checkpoint import complete
-from tutorials.demo.options import parse
-from tutorials.demo.train import STOP_FILE
-
-INTERRUPTED = 128 + signal.SIGINT
+from tutorials.demo.options import parse, under_torchrun
 
 
 def main() -> int:
@@ -26,21 +27,20 @@ def main() -> int:
     arguments = sys.argv[1:]
     if options.compile and not can_compile(options):
         print("no working C++ compiler for torch.compile's Inductor: the graphs run with backend aot_eager instead")
-        arguments = [*arguments, "--backend", "aot_eager"]
+        options.backend, arguments = "aot_eager", [*arguments, "--backend", "aot_eager"]
+    if under_torchrun():
+        train.main(options)
+        return 0
     if not options.resume:
         shutil.rmtree(options.out / "checkpoints", ignore_errors=True)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         stop = Path(folder) / "stop"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
-        command += ["-m", "tutorials.demo.train", *arguments]
-        # A session of its own: Ctrl-C reaches this process alone, which asks the ranks to save and leave.
-        ranks = subprocess.Popen(command, env=environment(options) | {STOP_FILE: str(stop)}, start_new_session=True)
-        return wait(ranks, stop)
+        return launch.wait(launch.start(options.ranks, arguments, environment(options) | {train.STOP_FILE: str(stop)}), stop)
 
 
 def check_machine(options: Namespace) -> None:
-    if options.device == "cuda" and torch.cuda.device_count() < options.ranks:
+    if options.device == "cuda" and torch.cuda.device_count() < options.ranks and not under_torchrun():
         sys.exit(f"--ranks was {options.ranks}; with --device cuda it must be at most the number of GPUs, {torch.cuda.device_count()}")
     if options.resume and not complete(options.out / "checkpoints"):
         sys.exit(f"--resume: there is no complete checkpoint in {options.out}/checkpoints")
@@ -56,27 +56,10 @@ def can_compile(options: Namespace) -> bool:
 
 
 def environment(options: Namespace) -> dict[str, str]:
-    return os.environ | {
+    return {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.ranks)),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # the ranks already fill the cores
     }
-
-
-def wait(ranks: subprocess.Popen[bytes], stop: Path) -> int:
-    """The ranks' exit code; the first SIGINT or SIGTERM asks them to stop, the second ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return ranks.wait()
-    except KeyboardInterrupt:
-        print("\nstopping after this step, with a checkpoint; once more ends at once", flush=True)
-        stop.touch()
-    try:
-        return ranks.wait() or INTERRUPTED
-    except KeyboardInterrupt:
-        ranks.kill()  # the ranks leave with it
-        ranks.wait()
-        return INTERRUPTED
 
 
 if __name__ == "__main__":

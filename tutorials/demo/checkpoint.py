@@ -1,8 +1,14 @@
-"""Checkpoints that are complete or do not exist: DCP writes a folder of its own, which gets its name only when all of it is there."""
+"""Checkpoints that are complete or do not exist: DCP writes a folder of its own, which gets its name only when all of it is there.
+
+They are read as data: what could run code when it is read is refused.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 KEPT = 2  # the newest checkpoints
@@ -28,11 +36,14 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, histo
     dist.barrier()
     dcp.save(_state(model, optimizer), checkpoint_id=unfinished)
     if dist.get_rank() == 0:
-        (unfinished / "history.json").write_text(json.dumps(history))
-        shutil.rmtree(name, ignore_errors=True)
+        with (unfinished / "history.json").open("w") as file:
+            json.dump(history, file)
+            file.flush()
+            os.fsync(file.fileno())  # as DCP does with what it writes: on the disk before it has its name
+        remove(name)
         unfinished.rename(name)
         for old in complete(folder)[:-KEPT]:
-            shutil.rmtree(old)
+            remove(old)
     dist.barrier()
 
 
@@ -40,7 +51,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """All ranks: the newest checkpoint into ``model`` and ``optimizer``; its history."""
     newest = complete(folder)[-1]
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=newest)
+    dcp.load(state, storage_reader=DataReader(newest), planner=DataPlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME)
     return json.loads((newest / "history.json").read_text())
 
@@ -50,6 +61,55 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
+def remove(name: Path) -> None:
+    """Remove a checkpoint, if there is one: it has no name any more before the first of its files is gone."""
+    removed = name.with_name("removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if name.exists():
+        name.rename(removed)
+        shutil.rmtree(removed)
+
+
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+class DataReader(dcp.FileSystemReader):
+    """Reads a checkpoint whose description is data alone. DCP pickles the description, and unpickles whatever is in its place."""
+
+    def read_metadata(self, *args: Any, **keywords: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            DataUnpickler(file).load()  # before torch does
+        return super().read_metadata(*args, **keywords)
+
+
+class DataPlanner(dcp.DefaultLoadPlanner):
+    """Takes what is no tensor, such as a learning rate, only where ``torch.load`` can read it without running code."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # it raises where it cannot
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+DATA = {  # what a checkpoint's description is made of
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}  # fmt: skip
+
+
+class DataUnpickler(pickle.Unpickler):
+    """Unpickles nothing but ``DATA``."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in DATA.get(module, ()):
+            raise pickle.UnpicklingError(f"the checkpoint's .metadata names {module}.{name}, which is not what DCP writes there")
+        return super().find_class(module, name)

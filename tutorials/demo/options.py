@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from pathlib import Path
 
 from tutorials.demo.model import Shape
@@ -16,13 +18,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Train a byte-level Mixture-of-Experts transformer with moecomm on several processes.",
         epilog="--pp * --tp must divide --ranks, and what is left is data-parallel; --ep * --etp must divide --ranks / --pp.",
     )
-    parser.add_argument("--ranks", type=int, default=4, help="processes (on --device cuda: one a GPU); default %(default)s")
+    parser.add_argument(
+        "--ranks", type=int, default=int(os.environ["WORLD_SIZE"]) if under_torchrun() else 4,
+        help="processes (on --device cuda: one a GPU); default 4, and under torchrun what it started",
+    )  # fmt: skip
     parser.add_argument("--pp", type=int, default=1, help="stages of a pipeline, which the layers are divided between; default %(default)s")
     parser.add_argument(
         "--tp", type=int, default=1,
         help="ranks that the heads of the attention are split over, and all else by the length of the sequences; default %(default)s",
     )  # fmt: skip
-    parser.add_argument("--ep", type=int, help="ranks that the experts are spread over; default 2, or 1 where a stage has an odd number")
+    parser.add_argument(
+        "--ep", type=int,
+        help="ranks that the experts are spread over; default 2, or 1 where a stage has an odd number. Under torchrun, which may come back "
+        "with fewer ranks, as many of these as divide those of a stage",
+    )  # fmt: skip
     parser.add_argument("--etp", type=int, default=1, help="ranks that each expert's hidden dim is split over; default %(default)s")
     parser.add_argument(
         "--slice", action="store_true",
@@ -34,7 +43,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a text file, or a folder of them; default: the sources of Python's standard library")
     parser.add_argument("--steps", type=int, default=240, help="training steps; default %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, of all ranks together; default %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
+    parser.add_argument("--save-every", type=int, default=80, help="steps from checkpoint to checkpoint; default %(default)s")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest complete checkpoint in --out; under torchrun, wherever there is one"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly, without torch.compile")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; default %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
@@ -47,12 +59,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="write what each rank does in the last step: --out/trace_0.json, ...")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where plots and checkpoints go; default %(default)s")
     options = parser.parse_args(arguments)
-    for name in ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "steps", "batch"):
+    for name in ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "steps", "batch", "save_every"):
         if (size := getattr(options, name)) is not None and size < 1:
             parser.error(f"--{name.replace('_', '-')} was {size}; it must be at least 1")
     ep_by_default = options.ep is None
     if ep_by_default:
         options.ep = default_ep(options)
+    elif under_torchrun():
+        options.ep = math.gcd(options.ep, max(1, options.ranks // (options.pp * options.etp)))
+    if under_torchrun() and options.ranks != int(os.environ["WORLD_SIZE"]):
+        parser.error(f"--ranks was {options.ranks}; under torchrun it must be left out, or what was started: {os.environ['WORLD_SIZE']}")
     shape = shape_of(options)
     if misfit := next(misfits(options, shape), None):
         instead = " or ".join(f"`{change}`" for change in nearest(options, shape, ep_by_default))
@@ -64,6 +80,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.compile and options.dtype == "float32":
         parser.error("--dtype was float32; it must be bfloat16 but with --no-compile: torch traces grouped_mm in bfloat16 alone")
     return options
+
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def shape_of(options: argparse.Namespace) -> Shape:

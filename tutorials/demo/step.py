@@ -1,7 +1,9 @@
 """A forward pass of the demo's model without its launcher, for `python -m moecomm.compile.report` to look at.
 
-python -m moecomm.compile.report
-torchrun --nproc-per-node 2 -m moecomm.compile.report    # the experts spread over the ranks
+    python -m moecomm.compile.report
+    torchrun --nproc-per-node 2 -m moecomm.compile.report
+
+The second has the experts spread over its ranks.
 """
 
 from __future__ import annotations

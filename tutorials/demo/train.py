@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,21 @@ from tqdm import tqdm
 
 import moecomm.functional as mf
 from moecomm.mesh import MoEMesh
-from tutorials.demo import checkpoint, data, parallel, pipeline, plots
+from tutorials.demo import checkpoint, data, launch, parallel, pipeline, plots
 from tutorials.demo.model import Shape, Transformer
-from tutorials.demo.options import parse, shape_of
+from tutorials.demo.options import parse, shape_of, under_torchrun
 
 LEARNING_RATE, WARM_UP, CLIP = 4e-3, 20, 1.0
-HELD_OUT_WINDOWS, HELD_OUT_EVERY, SAVE_EVERY = 64, 40, 80
+HELD_OUT_WINDOWS, HELD_OUT_EVERY = 64, 40
 PROMPT, TEMPERATURE = 96, 0.7  # bytes
+TIMEOUT = timedelta(minutes=10)  # that ranks wait for one that is there and does not come; more than they are apart in compiling
 STOP_FILE = "MOECOMM_DEMO_STOP"  # the variable that names a file: once it exists, the ranks save and leave
 
 
 def main(options: Namespace) -> None:
     threading.Thread(target=leave_with_parent, args=(os.getppid(),), daemon=True).start()
     asked = stop_requests()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
+    launch.join("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo", TIMEOUT)
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
@@ -62,7 +64,7 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
         f"{text.train.numel():,} bytes to train on, {text.held_out.numel():,} held out"
     )
     history: dict[str, Any] = {"step": 0, "train": [], "held_out": [], "loads": [], "rows": []}
-    if options.resume:
+    if options.resume or (under_torchrun() and checkpoint.complete(options.out / "checkpoints")):
         history = checkpoint.load(options.out / "checkpoints", model, optimizer)
         say(f"resumed at step {history['step']}")
     if options.compile and history["step"] < options.steps:
@@ -80,7 +82,7 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
         step = history["step"]
         if step % HELD_OUT_EVERY == 0 or step == options.steps:
             history["held_out"].append([step, held_out_bits(model, held_out.to(options.device), mesh, shape, options)])
-        if step % SAVE_EVERY == 0 or step == options.steps or stopped:
+        if step % options.save_every == 0 or step == options.steps or stopped:
             checkpoint.save(options.out / "checkpoints", model, optimizer, history)
         if bar is None:  # made after the first step, so that the time left does not count compilation
             bar = tqdm(total=options.steps, initial=step, unit="step", disable=rank != 0)
@@ -207,7 +209,7 @@ def stop_requests() -> Callable[[], bool]:
 
 
 def leave_with_parent(parent: int) -> None:
-    """End this process once torchrun has: it starts the ranks in sessions of their own, and leaves them behind when it is killed."""
+    """End this process once its launcher has, which starts the ranks in sessions of their own: killed, it leaves them behind."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
