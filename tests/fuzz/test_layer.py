@@ -41,6 +41,7 @@ class Case(NamedTuple):
     experts: list[Tensor]  # [T, K] of each rank, int64
     ids: torch.dtype  # that they are passed in
     max_rows: int | None
+    align: int
     d: int
     dtype: torch.dtype
     weights: torch.dtype
@@ -69,8 +70,9 @@ def cases(draw: st.DrawFn) -> Case:
         weights = dtype  # else the float64 of one is not what limits the error
     how = (draw(layouts), draw(layouts), draw(layouts))
     rest = draw(st.booleans()), how, draw(st.integers(0, 999))
+    align = draw(st.one_of(st.just(1), st.integers(1, 9)))
     shape = tuple(tokens), k, num_experts, ep, draw(st.booleans()), named, placement
-    return Case(*shape, experts, ids, max_rows, draw(st.integers(1, 9)), dtype, weights, *rest)
+    return Case(*shape, experts, ids, max_rows, align, draw(st.integers(1, 9)), dtype, weights, *rest)
 
 
 class Values(NamedTuple):
@@ -122,19 +124,19 @@ def held(case: Case, rank: int) -> list[int]:
 
 
 def layer(case: Case, rank: int, group: Any) -> dict[str, Tensor]:
-    """y, the gradients and what was dropped of one rank; NaN in the padding of static mode."""
+    """y, the gradients and what was dropped of one rank; NaN in all padding of what the experts made."""
     of, own = values(case), slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
     x, weights, up, down = (part.clone() for part in (of.x[own], of.weights[own], of.up[held(case, rank)], of.down[held(case, rank)]))
     leaves = [layout(x, case.layouts[0]), layout(weights, case.layouts[2]), up, down]
     x, weights, up, down = (leaf.requires_grad_() for leaf in leaves)
     experts = layout(case.experts[rank].to(case.ids), case.layouts[1])
-    plan = mf.plan(
-        experts, weights, case.num_experts, group, placement=case.placement, like=x if case.like else None, max_rows=case.max_rows
-    )  # fmt: skip
+    how = {"placement": case.placement, "like": x if case.like else None, "max_rows": case.max_rows, "align": case.align}
+    plan = mf.plan(experts, weights, case.num_experts, group, **how)
     rows = mf.dispatch(x, plan)
     here = int(plan.offsets[-1])
     computed = loop(rows[:here], up, down, plan.offsets)
-    y = mf.combine(torch.cat((computed, computed.new_full((rows.shape[0] - here, case.d), NAN))), plan)
+    computed = torch.cat((computed, computed.new_zeros(rows.shape[0] - here, case.d)))
+    y = mf.combine(computed.masked_fill((plan.row_order < 0).unsqueeze(1), NAN), plan)
     gradients = torch.autograd.grad(y, leaves, of.grad[own])
     dropped = torch.tensor(0) if plan.dropped is None else plan.dropped
     return {"y": y.detach(), **dict(zip(("x", "weights", "up", "down"), gradients, strict=True)), "dropped": dropped}

@@ -86,6 +86,18 @@ def check_counting_sort(case: tuple[Tensor, int], extra: int) -> None:
     assert_alike(counting_sort(keys, bins, padded.shape[0], True), (padded, position, offsets))
 
 
+def check_aligned_sort(case: tuple[Tensor, int], align: int, extra: int) -> None:
+    keys, bins = case
+    order: list[int] = []
+    offsets = []
+    for b in range(bins):
+        order += (keys.flatten() == b).nonzero().flatten().tolist()
+        order += [-1] * (-len(order) % align)
+        offsets.append(len(order))
+    padded, ends = (torch.tensor(each, dtype=torch.int32) for each in (order + [-1] * extra, offsets))
+    assert_alike(counting_sort(keys, bins, len(padded), True, align), (padded, inverse(padded, *keys.shape), ends))
+
+
 def check_bounded_sort(case: tuple[Tensor, int], most: int) -> None:
     keys, bins = case
     assert_alike(bounded_sort(keys, bins, most), bounded_slots(keys, bins, most))
@@ -230,6 +242,7 @@ def check_rank_sum(case: tuple[Tensor, int, bool]) -> None:
 CHECKS: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], ...]]] = {
     "count": (check_count, (counted(),)),
     "counting_sort": (check_counting_sort, (keyed(), st.integers(0, 300))),
+    "aligned_sort": (check_aligned_sort, (keyed(), st.integers(1, 40), st.integers(0, 60))),
     "bounded_sort": (check_bounded_sort, (keyed(), st.integers(1, 60))),
     "fit": (check_fit, (fitted(),)),
     "place": (check_place, (placed_on(),)),
