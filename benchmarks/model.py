@@ -19,7 +19,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-HEADER = 12 * 8  # bytes of moecomm's counts and signature, to each rank: a dozen numbers
+from moecomm.ops.signature import WIDTH
+
+HEADER = WIDTH * 8  # bytes of moecomm's counts and signature, to each rank
 WEIGHT, ID, COUNT = 4, 1, 8  # bytes: a weight, an id among the experts of a rank, one of the K-fold exchange's counts
 
 

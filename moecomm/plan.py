@@ -173,7 +173,7 @@ def plan(
         local = where.shape[1]
         table, checksum = placement_table(where, num_experts, experts.device)
         places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
-    signed = signature(experts, weights, num_experts, leaves, checksum, max_rows)
+    signed = signature(experts, weights, num_experts, leaves, checksum, max_rows, check)
     make = _dynamic_plan if max_rows is None else partial(_static_plan, max_rows)
     made = make(experts, weights, num_experts, places, placed, local, signed, check, align, ranks)
     if check:

@@ -232,7 +232,7 @@ def _check_plan(plan: Plan) -> None:
 def _check_call(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any, Any], check: Callable[[], None]) -> None:
     described: dict[str, object] = {}
     if plan.ticket:
-        described = {"wire": wires[0], "backward_wire": wires[1]}
+        described = {"wire": repr(wires[0]), "backward_wire": repr(wires[1])}
         for argument, tree in passed.items():
             described |= {f"{argument}'s leaf {i}" if i else argument: _kind(leaf) for i, leaf in enumerate(tree_leaves(tree))}
     check_same_call(function, plan.ticket, described, check, plan.row_order.device, resolve_group(plan.group))

@@ -18,7 +18,7 @@ PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, NOT_FINITE, SIGNATURE = range(7)  # the c
 FUNCTIONS = ("plan", "plan with max_rows", "sync_params_", "sync_replicas_", "dispatch", "combine", "dispatch_quantized")
 SIGNED = (  # what the numbers of a signature mean
     "function", "k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype", "like's other tensors", "placement",
-    "max_rows", "requires_grad",
+    "max_rows", "requires_grad", "check",
 )  # fmt: skip
 WIDTH = SIGNATURE + len(SIGNED)
 DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
@@ -27,14 +27,22 @@ MODULUS = 2**61 - 1
 
 
 def signature(
-    experts: Tensor, weights: Tensor, num_experts: int, like: Sequence[Tensor] = (), placement: int = -1, max_rows: int | None = None
+    experts: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    like: Sequence[Tensor] = (),
+    placement: int = -1,
+    max_rows: int | None = None,
+    check: bool = False,
 ) -> list[int]:
     """What the ranks must agree on, in the order of `SIGNED`; of the placement, and of like from its second tensor on, a checksum."""
     elements, dtype = (math.prod(like[0].shape[1:]), DTYPES.index(like[0].dtype)) if like else (-1, -1)
     others = -1
     for leaf in like[1:]:  # by arithmetic: a size may be symbolic
         others = (
-            (others + 2) * 1000003 + (math.prod(leaf.shape[1:]) * 2 + leaf.requires_grad) * len(DTYPES) + DTYPES.index(leaf.dtype)
+            (others + 2) * 1000003
+            + (math.prod(leaf.shape[1:]) * 2 + (leaf.requires_grad and torch.is_grad_enabled())) * len(DTYPES)
+            + DTYPES.index(leaf.dtype)
         ) % MODULUS
     gradients = 0  # where a rank has none, it takes no part in the exchanges of the others' backward pass
     if torch.is_grad_enabled():
@@ -42,7 +50,7 @@ def signature(
     static = -1 if max_rows is None else max_rows
     function = FUNCTIONS.index("plan" if max_rows is None else "plan with max_rows")
     tensors = [experts.shape[1], num_experts, DTYPES.index(weights.dtype), elements, dtype, others]
-    return [function, *tensors, placement, static, gradients]
+    return [function, *tensors, placement, static, gradients, int(check)]
 
 
 def check_agreed(messages: list[list[int]], signed: Sequence[str] = SIGNED) -> None:
@@ -77,6 +85,8 @@ def check_routing(messages: list[list[int]], most: int | None) -> None:
 def _readable(what: str, value: int) -> object:
     if what == "function":
         return FUNCTIONS[value] if 0 <= value < len(FUNCTIONS) else f"one that is not known, {value},"
+    if what == "check":
+        return bool(value)
     if what == "requires_grad":
         return GRADIENTS[value]
     if value < 0:

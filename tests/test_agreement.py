@@ -41,6 +41,7 @@ def two_plans(first: int, then: int) -> None:
 
 CALLS: dict[str, Callable[[], None]] = {
     "plan": plan,
+    "plan with check": lambda: plan(check=True),
     "static": lambda: plan(max_rows=T, check=True),
     "static, shorter": lambda: plan(max_rows=T - 1, check=True),
     "plan of weights with a gradient": lambda: plan(weights=torch.ones(T, K, requires_grad=True)),
@@ -57,6 +58,7 @@ CALLS: dict[str, Callable[[], None]] = {
 SAME = "it must be the same on every rank"
 CASES = [
     ("plan", "static", "function was plan on rank 0, plan with max_rows on rank 1 of the group"),
+    ("plan", "plan with check", "check was False on rank 0, True on rank 1 of the group"),
     ("plan", "sync_params_", "function was plan on rank 0, sync_params_ on rank 1 of the group"),
     ("sync_replicas_", "sync_params_", "function was sync_replicas_ on rank 0, sync_params_ on rank 1 of the group"),
     ("static", "sync_replicas_", "function was plan with max_rows on rank 0, sync_replicas_ on rank 1 of the group"),
@@ -176,12 +178,12 @@ LATER: dict[str, tuple[Callable[[mf.Plan, mf.Plan], object], Callable[[mf.Plan, 
     "another wire": (
         lambda first, second: mf.dispatch(torch.ones(T, D), first, wire="mxfp8"),
         lambda first, second: mf.dispatch(torch.ones(T, D), first),
-        "wire was mxfp8 on rank 0, None on rank 1 of the group; dispatch must be called alike on every rank",
+        "wire was 'mxfp8' on rank 0, None on rank 1 of the group; dispatch must be called alike on every rank",
     ),
     "another backward wire": (
         lambda first, second: then_combine(first, torch.ones(T, D)),
         lambda first, second: mf.combine(mf.dispatch(torch.ones(T, D), first), first, backward_wire="mxfp8"),
-        "backward_wire was None on rank 0, mxfp8 on rank 1 of the group; combine must be called alike on every rank",
+        "backward_wire was None on rank 0, 'mxfp8' on rank 1 of the group; combine must be called alike on every rank",
     ),
 }
 

@@ -117,7 +117,7 @@ def test_a_layer_sends_3_messages_for_4_forward_and_2_for_3_backward_and_gives_t
     expecttest.assert_expected_inline(
         forward,
         """\
-getitem, getitem_1 = moecomm::count(primals_4, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3])
+getitem, getitem_1 = moecomm::count(primals_4, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3, 0])
 all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
 view = aten::view(primals_2, [primals_3, 16])
 wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)

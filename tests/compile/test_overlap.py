@@ -254,7 +254,7 @@ def test_in_the_graph_the_shared_expert_runs_during_the_exchanges_and_weights_gr
     expecttest.assert_expected_inline(
         forward,
         """\
-getitem, getitem_1 = moecomm::count(input_1, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3])
+getitem, getitem_1 = moecomm::count(input_1, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3, 0])
 all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
 wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
 getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
