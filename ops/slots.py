@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from moecomm.ops.exchange import start, wait
-from moecomm.ops.library import LIBRARY, block_of, define, jit, tl
+from moecomm.ops.library import block_of, define, jit, tl
 from moecomm.ops.pairs import home
+from moecomm.ops.slice import define_function
 from moecomm.ops.sort import MOST
 from moecomm.ops.starts import define_start
 
@@ -192,13 +193,7 @@ class _ExchangeSlots(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        return home(grad, *ctx.saved_tensors, grad.shape[0], ctx.group), *(None,) * 8
+        return home(grad, *ctx.saved_tensors, grad.shape[0], ctx.group, None, None), *(None,) * 8
 
 
-def _exchange_slots(*args: Any) -> tuple[Tensor, Tensor]:
-    return _ExchangeSlots.apply(*args)
-
-
-LIBRARY.define(SLOTS, tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.impl("exchange_slots", _exchange_slots, "CompositeImplicitAutograd")
-exchange_slots = torch.ops.moecomm.exchange_slots.default
+exchange_slots = define_function(SLOTS, _ExchangeSlots)

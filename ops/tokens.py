@@ -51,7 +51,7 @@ class _Combine(torch.autograd.Function):
         send_order, send_position, row_order, row_position, splits, *weighted = ctx.saved_tensors
         if not weighted:
             return torch.ops.moecomm.dispatch(grad, *ctx.saved_tensors, ctx.group), *(None,) * 7
-        pairs = there(grad, send_order, send_position, splits, row_position.shape[0], ctx.group)  # [R, D]
+        pairs = there(grad, send_order, send_position, splits, row_position.shape[0], ctx.group, None, None)  # [R, D]
         return *weighted_sum_backward(pairs, *weighted, row_order, row_position), *(None,) * 6
 
 
