@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,22 @@ from moecomm.group import Group, process_group
 from moecomm.ops.exchange import wait
 from moecomm.ops.signature import FUNCTIONS, SIGNATURE, SIGNED, WIDTH, check_agreed
 
+Result = TypeVar("Result")
+
+
+def exchange_messages(sent: Tensor, group: Group, what: str = "") -> Tensor:
+    """The message of each rank for this one, [P, WIDTH]; an error says that ``what`` was waited for."""
+    if group.size == 1:
+        return sent
+    pairs = [1] * group.size
+    return wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group.name), what, group.name)
+
 
 def checksums(function: str, passed: object, device: torch.device, group: Group) -> list[int]:
     """Of what each rank passed, by its repr: one small exchange, read by the host. Raises where a rank called another function."""
     mine = [0] * SIGNATURE + [FUNCTIONS.index(function), zlib.crc32(repr(passed).encode())]
     sent = torch.tensor([mine + [0] * (WIDTH - len(mine))], device=device).repeat(group.size, 1)  # [P, WIDTH]
-    pairs = [1] * group.size
-    messages = wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group.name)).tolist()
+    messages = exchange_messages(sent, group).tolist()
     check_agreed(messages, SIGNED[:1])
     return [message[SIGNATURE + 1] for message in messages]
 
@@ -60,18 +69,15 @@ def ticket(device: torch.device, group: Group) -> int:
 
 
 def check_same_call(
-    function: str, ticket: int, passed: dict[str, object], check: Callable[[], None], device: torch.device, group: Group
-) -> None:
-    """``check()`` what this rank passed; with a ticket also that the other ranks found theirs right, and passed the same for this plan.
+    function: str, ticket: int, passed: dict[str, object], check: Callable[[], Result], device: torch.device, group: Group
+) -> Result:
+    """What ``check`` makes of what this rank passed, where the others found theirs right, and passed the same for the plan of ``ticket``.
 
-    Without one an error is raised here alone, and the exchanges of the others wait for this rank. With one it is raised on every rank.
+    An error of one rank's own ``check`` alone would let the exchanges of the others wait for it; here it is raised on every rank.
     """
-    if not ticket or torch.compiler.is_compiling():
-        check()
-        return
-    error = None
+    error = result = None
     try:
-        check()
+        result = check()
     except (TypeError, ValueError) as raised:
         error = raised
     mine = {"plan": f"number {ticket}", **passed, "what was passed": "as it must be" if error is None else f"refused ({error})"}
@@ -82,3 +88,4 @@ def check_same_call(
         raise MoECommError(f"{what} was {theirs} of the group; {function} must be called alike on every rank") from error
     if error is not None:
         raise error
+    return result  # type: ignore[return-value] # where there is no error, there is a result

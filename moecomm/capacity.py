@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.functional import pad
 
 from moecomm.dtensor import placed, routed_like, to_local
-from moecomm.errors import check_experts, wrong_type, wrong_value
+from moecomm.errors import check_experts, check_slots, wrong_type, wrong_value
 from moecomm.group import GroupLike, resolve_group
 from moecomm.ops.slice import all_gathered, start_all_gather, take_slice
 from moecomm.ops.sort import MOST, counting_sort
@@ -50,8 +49,7 @@ def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: G
     check_experts(experts)
     if not experts.dtype.is_signed:
         wrong_type("experts", f"of dtype {experts.dtype}", "of a signed integer dtype, which can hold -1")
-    if guard_or_false(experts.numel() > MOST):
-        wrong_value("experts", f"of shape {list(experts.shape)}", f"of at most {MOST} slots, as int32 indices number them")
+    check_slots(experts, MOST)
     for name, value, least in (("num_experts", num_experts, 1), ("capacity", capacity, 0)):
         if not isinstance(value, int) or isinstance(value, bool):
             wrong_type(name, type(value).__name__, "an int")

@@ -45,6 +45,12 @@ def check_experts(experts: torch.Tensor) -> None:
         wrong_type("experts", f"of dtype {experts.dtype}", "of dtype int8, int16, int32, int64 or uint8")
 
 
+def check_slots(experts: torch.Tensor, most: int) -> None:
+    """Raise unless int32 indices can number the slots of this rank's tokens."""
+    if guard_or_false(experts.numel() > most):
+        wrong_value("experts", f"of shape {list(experts.shape)}", f"of at most {most} slots, as int32 indices number them")
+
+
 def check_floating(argument: str, value: torch.Tensor) -> None:
     """Raise unless ``value`` has a floating dtype."""
     if not value.dtype.is_floating_point:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +9,12 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_leaves
 
-from moecomm.agree import ticket
+from moecomm.agree import exchange_messages, ticket
 from moecomm.dtensor import make_layout, to_local
-from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_slots, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.log import log_plan
 from moecomm.ops.count import count, rank_keys
-from moecomm.ops.exchange import wait
 from moecomm.ops.fit import fit
 from moecomm.ops.place import place, placement_table
 from moecomm.ops.signature import signature
@@ -25,6 +23,8 @@ from moecomm.ops.slots import exchange_slots
 from moecomm.ops.sort import MOST, bounded_sort, counting_sort
 from moecomm.placement import Placement, as_tensor
 from moecomm.profile import profiled
+
+COUNTS = "the counts of plan (forward)"  # what an error of their exchange says
 
 
 class Plan(NamedTuple):
@@ -122,9 +122,11 @@ def plan(
     Backward: from the plan's weights to ``weights``, in one exchange.
 
     Raises TypeError or ValueError for an argument that is wrong on this rank, and NotImplementedError where `dispatch` does, before
-    anything is sent; `MoECommError`, alike on every rank, where the ranks differ in K, E, a dtype, ``like`` or ``placement``, or have more
-    than 2^31 - 256 slots together, which int32 indices cannot number; `ExpertIdError` (a ValueError as well), alike on every rank, where an
-    id is outside [-1, E) on any of them. In static mode the last two are not raised, and it is T * K and P * C * K that are bounded.
+    anything is sent; `MoECommError`, alike on every rank, where the ranks differ in K, E, a dtype, ``like``, ``placement``, ``max_rows`` or
+    ``check``, in whether weights or like require a gradient, or in the function that they call, as far as it begins with such a message too
+    (`sync_params_`, `sync_replicas_`); where they have more than 2^31 - 256 slots together, which int32 indices cannot number; and with
+    ``check`` where a weight is NaN or infinite. `ExpertIdError` (a ValueError as well), alike on every rank, where an id is outside [-1, E)
+    on any of them. In static mode none of these is raised without ``check``, and it is T * K and P * C * K that are bounded.
 
     The logger "moecomm" gets a line with the sizes at level DEBUG; code that torch.compile traced logs nothing.
 
@@ -174,89 +176,84 @@ def plan(
         table, checksum = placement_table(where, num_experts, experts.device)
         places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
     signed = signature(experts, weights, num_experts, leaves, checksum, max_rows, check)
-    make = _dynamic_plan if max_rows is None else partial(_static_plan, max_rows)
-    made = make(experts, weights, num_experts, places, placed, local, signed, check, align, ranks)
+    routing = _Routing(experts, weights, num_experts, places, placed, local, signed, check, align, ranks)
+    made = _dynamic_plan(routing) if max_rows is None else _static_plan(routing, max_rows)
     if check:
         made = made._replace(ticket=ticket(experts.device, ranks))
     log_plan(made, leaves)
     return made
 
 
-def _messages(sent: Tensor, group: Group) -> Tensor:
-    """The counts' exchange: what each rank has for this one, [P, ...]."""
-    if group.size == 1:
-        return sent
-    pairs = [1] * group.size
-    pending = torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group.name)
-    return wait(pending, "the counts of plan (forward)", group.name)
+class _Routing(NamedTuple):
+    """What a plan is made of, once it is known to be right."""
+
+    experts: Tensor  # [T, K]
+    weights: Tensor  # [T, K]
+    num_experts: int
+    places: Tensor  # [T, K]: of the P * L places of experts; without a placement these are the experts
+    placed: Tensor | None  # [T, K]: of the ranks; None without a placement
+    local: int  # L
+    signed: list[int]  # what the ranks must agree on
+    check: bool
+    align: int
+    group: Group
 
 
-def _dynamic_plan(
-    experts: Tensor,
-    weights: Tensor,
-    num_experts: int,
-    places: Tensor,
-    placed: Tensor | None,
-    local: int,
-    signed: list[int],
-    check: bool,
-    align: int,
-    group: Group,
-) -> Plan:
+def _dynamic_plan(routing: _Routing) -> Plan:
     """A plan of the sizes that the routing has: they are read from the device, once."""
+    experts, weights, num_experts, places, placed, _, signed, check, _, group = routing
     keys, sent = count(experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
-    s, r, n, splits = plan_sizes(sent, _messages(sent, group))
-    tokens, _ = experts.shape
-    if group.size == 1:
-        row_order, row_position, offsets = _sorted(places, local, n, align)
-        return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, group.name)
-
-    send_order, send_position, _ = counting_sort(keys, group.size, s)
-    there, ids = exchange_slots(weights, places, keys, send_order, send_position, local, splits, r, group.name)  # [R, K] each
-    row_order, row_position, offsets = _sorted(ids, local, n, align)
-    return Plan(offsets, there, row_order, row_position, send_order, send_position, splits, tokens, num_experts, group.name)
+    s, r, n, splits = plan_sizes(sent, exchange_messages(sent, group, COUNTS))
+    send_order = send_position = None
+    if group.size > 1:
+        send_order, send_position, _ = counting_sort(keys, group.size, s)
+    return _received(routing, places, keys, send_order, send_position, splits, r, n, False)
 
 
-def _static_plan(
-    max_rows: int,
-    experts: Tensor,
-    weights: Tensor,
-    num_experts: int,
-    places: Tensor,
-    placed: Tensor | None,
-    local: int,
-    signed: list[int],
-    check: bool,
-    align: int,
-    group: Group,
-) -> Plan:
+def _static_plan(routing: _Routing, max_rows: int) -> Plan:
     """A plan of constant sizes: nothing is read from the device, what has no place is dropped, and places that are left are padding."""
-    tokens, k = experts.shape
+    experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
+    k = experts.shape[1]
     pairs = group.size * max_rows  # S = R
-    if guard_or_false(tokens * k > MOST):
-        wrong_value("experts", f"of shape {list(experts.shape)}", f"of at most {MOST} slots, as int32 indices number them")
+    check_slots(experts, MOST)
     if guard_or_false(pairs * k > MOST):
         must = f"at most {MOST // (group.size * k)}, as int32 indices number the slots of all {group.size} ranks"
         wrong_value("max_rows", max_rows, must)
     if check:
         keys, sent = count(experts, num_experts, group.size, signed, placed, weights)
-        keys = checked(_messages(sent, group), keys)
+        keys = checked(exchange_messages(sent, group, COUNTS), keys)
     else:
         keys = rank_keys(experts, num_experts, group.size, placed)  # [T, K]
     send_order, send_position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
     fits, dropped = fit(experts, places, send_position, local)  # [T, K]
     n = pairs * min(k, local)
+    return _received(routing, fits, keys, send_order, send_position, None, pairs, n, True)._replace(dropped=dropped)
+
+
+def _received(
+    routing: _Routing,
+    places: Tensor,
+    keys: Tensor,
+    send_order: Tensor | None,
+    send_position: Tensor | None,
+    splits: Tensor | None,
+    r: int,
+    n: int,
+    padded: bool,
+) -> Plan:
+    """The plan, once it is known what this rank sends; in a group of one it receives its own slots, and the plan has nothing of sending."""
+    there, ids, group = routing.weights, places, routing.group
     if group.size == 1:
-        row_order, row_position, offsets = _sorted(fits, local, n, align, padded=True)
-        return Plan(offsets, weights, row_order, row_position, None, None, None, tokens, num_experts, group.name, dropped=dropped)
+        send_order = send_position = splits = None
+    elif send_order is not None and send_position is not None:
+        exchanged = routing.weights, places, keys, send_order, send_position, routing.local, splits, r, group.name
+        there, ids = exchange_slots(*exchanged)  # [R, K] each
+    row_order, row_position, offsets = _sorted(ids, routing.local, n, routing.align, padded)
+    indices = offsets, there, row_order, row_position, send_order, send_position, splits
+    return Plan(*indices, routing.experts.shape[0], routing.num_experts, group.name)
 
-    there, ids = exchange_slots(weights, fits, keys, send_order, send_position, local, None, pairs, group.name)  # [R, K] each
-    row_order, row_position, offsets = _sorted(ids, local, n, align, padded=True)
-    indices = offsets, there, row_order, row_position, send_order, send_position, None
-    return Plan(*indices, tokens, num_experts, group.name, dropped=dropped)
 
-
-def _sorted(ids: Tensor, local: int, n: int, align: int, padded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _sorted(ids: Tensor, local: int, n: int, align: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The rows by local expert, n or fewer of them; each expert's end is rounded up to a multiple."""
     if align == 1:
         return counting_sort(ids, local, n, padded) if padded else counting_sort(ids, local, n)

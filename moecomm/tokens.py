@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moecomm.agree import check_same_call
@@ -24,6 +25,7 @@ from moecomm.plan import Plan
 from moecomm.profile import profiled
 
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 
 class Quantized(NamedTuple):
@@ -87,14 +89,15 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     _check_plan(plan)
     check_reverse_mode("dispatch", tree_leaves(x))
 
-    def check() -> None:
-        for leaf in tree_leaves(x):  # all of them, before the first is sent
-            _check_leaf("x", shard_of("x", leaf, plan.layout), plan, plan.tokens, "T")
+    def shards() -> Tree:
+        here = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
+        for leaf in tree_leaves(here):  # all of them, before the first is sent
+            _check_leaf("x", leaf, plan, plan.tokens, "T")
             _check_wires("x", leaf, wire, backward_wire)
+        return here
 
-    _check_call("dispatch", plan, {"x": x}, (wire, backward_wire), check)
-    x = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
-    return tree_map(lambda leaf: _dispatch(leaf, plan, wire, backward_wire), x)
+    here = _checked("dispatch", plan, {"x": x}, (wire, backward_wire), shards)
+    return tree_map(lambda leaf: _dispatch(leaf, plan, wire, backward_wire), here)
 
 
 @profiled
@@ -137,15 +140,16 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
     _check_plan(plan)
     check_reverse_mode("dispatch_quantized", [x])
 
-    def check() -> None:
-        check_tensor("x", x, "[T, D]", dims=2)
-        _check_leaf("x", shard_of("x", x, plan.layout), plan, plan.tokens, "T")
+    def shard() -> Tensor:
+        here = shard_of("x", x, plan.layout)
+        check_tensor("x", here, "[T, D]", dims=2)
+        _check_leaf("x", here, plan, plan.tokens, "T")
         if wire is None:
             wrong_type("wire", "None", _listed(WIRES))
-        _check_wires("x", x, wire, backward_wire)
+        _check_wires("x", here, wire, backward_wire)
+        return here
 
-    _check_call("dispatch_quantized", plan, {"x": x}, (wire, backward_wire), check)
-    x = shard_of("x", x, plan.layout)
+    x = _checked("dispatch_quantized", plan, {"x": x}, (wire, backward_wire), shard)
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     return Quantized(*dispatch_quantized_op(x, *indices, plan.group, wire, backward_wire))
 
@@ -193,7 +197,7 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
             check_rows("rows", leaf, plan.layout)
             _check_wires("rows", leaf, wire, backward_wire)
 
-    _check_call("combine", plan, {"rows": rows, "the plan's weights": plan.weights}, (wire, backward_wire), check)
+    _checked("combine", plan, {"rows": rows, "the plan's weights": plan.weights}, (wire, backward_wire), check)
     weights = plan.weights
     for group in hidden_groups(plan.layout):  # the rows of a rank give only their slice's part of the weights' gradient
         weights = sum_gradient(weights, group.size, group.name)
@@ -229,13 +233,14 @@ def _check_plan(plan: Plan) -> None:
         wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
 
 
-def _check_call(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any, Any], check: Callable[[], None]) -> None:
-    described: dict[str, object] = {}
-    if plan.ticket:
-        described = {"wire": repr(wires[0]), "backward_wire": repr(wires[1])}
-        for argument, tree in passed.items():
-            described |= {f"{argument}'s leaf {i}" if i else argument: _kind(leaf) for i, leaf in enumerate(tree_leaves(tree))}
-    check_same_call(function, plan.ticket, described, check, plan.row_order.device, resolve_group(plan.group))
+def _checked(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any, Any], check: Callable[[], Result]) -> Result:
+    """What ``check`` gives; of a plan that was made with check=True, where all ranks called this function alike."""
+    if not plan.ticket or is_compiling():
+        return check()
+    described: dict[str, object] = {"wire": repr(wires[0]), "backward_wire": repr(wires[1])}
+    for argument, tree in passed.items():
+        described |= {f"{argument}'s leaf {i}" if i else argument: _kind(leaf) for i, leaf in enumerate(tree_leaves(tree))}
+    return check_same_call(function, plan.ticket, described, check, plan.row_order.device, resolve_group(plan.group))
 
 
 def _kind(leaf: object) -> str:
