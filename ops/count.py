@@ -32,7 +32,7 @@ def count_fake(
     placed: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    keys = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)  # [T, K]
+    keys = keys_fake(experts, num_experts, ranks, placed)
     message = torch.empty(ranks, SIGNATURE + len(signature), dtype=torch.int64, device=experts.device)  # [P, 6 + signature]
     return keys, message
 

@@ -116,7 +116,7 @@ def _place_kernel(
 
 def sort_triton(keys: Tensor, bins: int, size: int, padded: bool = False, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     order, position, offsets = sort_fake(keys, bins, size)
-    if padded or keys.numel() == 0:
+    if padded:
         order.fill_(-1)
     _launch(keys, order, position, offsets, bins, None, align)
     return order, position, offsets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -32,21 +32,11 @@ from tests.compile.graphs import exchanges, keeping, unbacked
 from tests.ops.cases import COMPOSED, IN_FLIGHT
 from tests.ops.test_quantize import bound
 from tests.spawn import run_ranks
+from tests.test_layer import Problem
 from tests.traffic import Traffic
 
 E, K, H = 4, 2, 8
 TOKENS = {1: (7,), 2: (9, 4), 4: (5, 0, 8, 1)}
-
-
-class Problem(NamedTuple):
-    """The tensors of a layer, for the whole group; every rank makes the same ones."""
-
-    x: Tensor  # [T, D]
-    experts: Tensor  # [T, K]
-    weights: Tensor  # [T, K]
-    up: Tensor  # [E, D, H]
-    down: Tensor  # [E, H, D]
-    grad: Tensor  # [T, D]
 
 
 def problem(tokens: int, d: int, dtype: torch.dtype = torch.float32) -> Problem:
