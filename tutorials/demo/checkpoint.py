@@ -50,8 +50,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, histo
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """All ranks: the newest checkpoint into ``model`` and ``optimizer``; its history."""
     newest = complete(folder)[-1]
-    state = _state(model, optimizer)
-    dcp.load(state, storage_reader=DataReader(newest), planner=DataPlanner())
+    state, reader = _state(model, optimizer), DataReader(newest)
+    reader.read_metadata()  # before DCP does, which in torch 2.11 does not say what was wrong with it
+    dcp.load(state, storage_reader=reader, planner=DataPlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME)
     return json.loads((newest / "history.json").read_text())
 
