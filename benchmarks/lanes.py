@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-EXCHANGES = ("slots_exchange", "dispatch_exchange", "combine_exchange", "return_exchange", "rows_exchange", "all_to_all_single")
-COUNTS = "all_to_all_single"  # torch's own, which a plan sends its counts with
+EXCHANGES = ("messages_exchange", "slots_exchange", "dispatch_exchange", "combine_exchange", "return_exchange", "rows_exchange")
 COLORS = {"matmul": "tab:blue", "other": "tab:gray", "exchange": "tab:orange", "wait": "tab:red"}
 MATMULS = ("mm", "addmm", "bmm", "_grouped_mm")
 
@@ -60,7 +59,7 @@ def draw(files: Sequence[Path], picture: Path) -> None:
                 axis.text(
                     start + length / 2,
                     height,
-                    name.replace(COUNTS, "counts").removesuffix("_exchange"),
+                    name.replace("messages", "counts").removesuffix("_exchange"),
                     ha="center",
                     va="center",
                     fontsize=8,

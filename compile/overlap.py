@@ -33,7 +33,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-EXCHANGES = {"slots_exchange", "dispatch_exchange", "combine_exchange", "return_exchange", "rows_exchange", "wire_exchange"}  # of moecomm
+EXCHANGES = {  # of moecomm
+    "messages_exchange", "slots_exchange", "dispatch_exchange", "combine_exchange", "return_exchange", "rows_exchange", "wire_exchange",
+}  # fmt: skip
 MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm"}
 WORLDS = ("_c10d_functional", "_c10d_functional_autograd")
 LENGTH = 4096  # that a dimension is taken for where it is not known, on any rank alike

@@ -14,25 +14,22 @@ from torch import Tensor
 
 from moecomm.errors import MoECommError
 from moecomm.group import Group, process_group
-from moecomm.ops.exchange import wait
+from moecomm.ops.exchange import messages_exchange, wait
 from moecomm.ops.signature import FUNCTIONS, SIGNATURE, SIGNED, WIDTH, check_agreed
 
 Result = TypeVar("Result")
 
 
-def exchange_messages(sent: Tensor, group: Group, what: str = "") -> Tensor:
+def exchange_messages(sent: Tensor, group: Group, what: str) -> Tensor:
     """The message of each rank for this one, [P, WIDTH]; an error says that ``what`` was waited for."""
-    if group.size == 1:
-        return sent
-    pairs = [1] * group.size
-    return wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group.name), what, group.name)
+    return sent if group.size == 1 else wait(messages_exchange(sent, what, group.name))
 
 
 def checksums(function: str, passed: object, device: torch.device, group: Group) -> list[int]:
     """Of what each rank passed, by its repr: one small exchange, read by the host. Raises where a rank called another function."""
     mine = [0] * SIGNATURE + [FUNCTIONS.index(function), zlib.crc32(repr(passed).encode())]
     sent = torch.tensor([mine + [0] * (WIDTH - len(mine))], device=device).repeat(group.size, 1)  # [P, WIDTH]
-    messages = exchange_messages(sent, group).tolist()
+    messages = exchange_messages(sent, group, f"what the ranks passed to {function}").tolist()
     check_agreed(messages, SIGNED[:1])
     return [message[SIGNATURE + 1] for message in messages]
 

@@ -24,7 +24,7 @@ from moecomm.ops.sort import MOST, bounded_sort, counting_sort
 from moecomm.placement import Placement, as_tensor
 from moecomm.profile import profiled
 
-COUNTS = "the counts of plan (forward)"  # what an error of their exchange says
+COUNTS = "the counts of plan"  # what an error of their exchange says
 
 
 class Plan(NamedTuple):

@@ -3,7 +3,7 @@
 Costs (token, rank) pairs x D elements on the wire, each way, and one private send buffer of as many: private, because the compiler
 reuses the memory of an op's input while the exchange is still in flight. Every op here returns as soon as the exchange is started;
 `wait` gives the result. `dispatch_exchange` and `combine_exchange` are each other's mirror; `tokens.py` and `slots.py` join them to the
-backward.
+backward. `messages_exchange` sends a short row to each rank: counts, and what ranks must agree on.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from moecomm.group import process_group
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
-from moecomm.ops.starts import add_note, define_start, in_backward, register
+from moecomm.ops.starts import define_start, in_backward, register
 from moecomm.ops.weighted_sum import weighted_sum_cpu, weighted_sum_triton
 
 DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor? splits, SymInt received, str group) -> Tensor"
 COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor? splits, SymInt pairs, str group) -> Tensor"
+MESSAGES = "messages_exchange(Tensor messages, str what, str group) -> Tensor"
 RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) -> Tensor"
 
 
@@ -46,14 +47,18 @@ def _bytes(rows: Tensor) -> Tensor:
     return rows.view(rows.shape[0], -1).view(torch.uint8) if rows.shape[0] else rows.new_empty(0, dtype=torch.uint8)
 
 
-def wait(pending: Tensor, what: str = "", group: str = "") -> Tensor:
-    """What a started exchange brought; of one that torch started, an error in eager mode says ``what`` was waited for."""
-    try:
-        return torch.ops._c10d_functional.wait_tensor(pending)
-    except RuntimeError as error:
-        if what:
-            add_note(error, what, process_group(group))
-        raise
+def wait(pending: Tensor) -> Tensor:
+    """What a started exchange brought."""
+    return torch.ops._c10d_functional.wait_tensor(pending)
+
+
+def messages_fake(messages: Tensor, what: str, group: str) -> Tensor:
+    return messages.new_empty(messages.shape)
+
+
+def send_messages(messages: Tensor, what: str, group: str) -> Tensor:
+    """Row p of [P, ...] goes to rank p; not of a copy: a compiler that knows exchanges keeps what they send until the wait."""
+    return start(messages, messages.shape[0], None, 0, group, what)
 
 
 def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
@@ -103,5 +108,6 @@ def return_rows(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> 
 
 
 dispatch_exchange = define_start(DISPATCH, dispatch_fake, dispatch_cpu, dispatch_triton)
+messages_exchange = define_start(MESSAGES, messages_fake, send_messages, send_messages)
 combine_exchange = define_start(COMBINE, combine_fake, combine_cpu, combine_triton)
 return_exchange = define_start(RETURN, return_fake, return_rows, return_rows)

@@ -36,7 +36,7 @@ def define_start(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any],
 
 
 def register(pending: Tensor, work: dist.Work, what: str, group: dist.ProcessGroup) -> None:
-    """Let torch's ``wait_tensor`` wait for ``work``, which brings ``pending``: an error of it says what was waited for, and by whom.
+    """Let torch's ``wait_tensor`` wait for ``work``, which brings ``pending``: a note to its error says what was waited for, and by whom.
 
     That holds wherever it is waited for: by eager code, by autograd or by a compiled graph, which has no frame of moecomm's left.
     """
@@ -46,7 +46,8 @@ def register(pending: Tensor, work: dist.Work, what: str, group: dist.ProcessGro
         try:
             return work.wait()
         except RuntimeError as error:
-            add_note(error, f"{what} ({direction})", group)
+            rank = f"rank {group.rank()} of the {group.size()} of group {group.group_name!r}"
+            error.add_note(f"moecomm: while waiting for {what} ({direction}), as {rank}")
             raise
 
     torch._C._distributed_c10d._register_work(pending, PythonCallbackWork(wait))
@@ -55,11 +56,6 @@ def register(pending: Tensor, work: dist.Work, what: str, group: dist.ProcessGro
 def in_backward() -> bool:
     """Whether autograd runs this: a backward, eager or compiled, or what a checkpoint computes again for one."""
     return torch._C._current_graph_task_id() != -1
-
-
-def add_note(error: BaseException, what: str, group: dist.ProcessGroup) -> None:
-    """Say in an error's traceback, whose type and text stay, what this rank was waiting for."""
-    error.add_note(f"moecomm: while waiting for {what}, as rank {group.rank()} of the {group.size()} of group {group.group_name!r}")
 
 
 def _lower_as_collective(op: Any) -> None:

@@ -42,7 +42,7 @@ PLACES = {
     "dispatch's backward": f"the gradients of dispatch {BACKWARD}",
     "weights' backward": f"the gradients of plan's weights {BACKWARD}",
 }
-SENT = ("slots", "dispatch", "combine", "combine's backward", "dispatch's backward", "weights' backward")  # by dist.all_to_all_single
+SENT = ("counts", "slots", "dispatch", "combine", "combine's backward", "dispatch's backward", "weights' backward")
 
 At = Callable[[str], bool]  # called in each place; whether this rank is to go astray there by itself
 
@@ -83,14 +83,13 @@ def step(group: dist.ProcessGroup, at: At) -> None:
         return rows * 2
 
     with told_of_exchanges(at):
-        at("counts")
         plan = mf.plan(torch.arange(10).view(5, 2) % 3, weights, 3, group, like=x)
         mf.combine(experts(mf.dispatch(x, plan)), plan).sum().backward()
 
 
 @contextmanager
 def told_of_exchanges(at: At) -> Iterator[None]:
-    """Call ``at`` before each exchange but that of the counts, which torch's own op starts."""
+    """Call ``at`` before each exchange."""
     send, places = dist.all_to_all_single, iter(SENT)
 
     def told(*args: object, **keywords: object) -> object:

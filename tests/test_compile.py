@@ -81,7 +81,7 @@ def compiled_here(dtype: torch.dtype) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     experts = parameters(dtype)
     eps = torch.finfo(dtype).eps  # the compiler fuses the experts, and so rounds less often: as much is tolerated as in test_layer.py
-    exchanges = 0 if dist.get_world_size() == 1 else 6  # and the counts' one, which is torch's own op
+    exchanges = 0 if dist.get_world_size() == 1 else 7
     for seed, (tokens, routing) in enumerate(CALLS):
         given = tokens_here(seed, tokens[dist.get_rank()], dtype, routing)
         unbacked(*given)
@@ -221,8 +221,8 @@ def test_all_ranks_have_one_graph_and_it_is_this() -> None:
         forward,
         """\
 getitem, getitem_1 = moecomm::count(primals_4, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3, 0])
-all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
-wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
+messages_exchange = moecomm::messages_exchange(getitem_1, 'the counts of plan', GROUP)
+wait_tensor = _c10d_functional::wait_tensor(messages_exchange)
 getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
 getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
 slots_exchange = moecomm::slots_exchange(primals_4, primals_6, getitem, getitem_6, 4, getitem_5, getitem_3, GROUP)

@@ -142,7 +142,7 @@ def train_compiled(sizes: Sizes, ranks: int, ep: int, reshard: bool) -> tuple[Ru
 
 
 # The plan's counts and slots, the tokens and their sums, and the balance loss; backward the mirrors of the last four.
-FORWARD = ["all_gather_into_tensor", "all_to_all_single", "combine_exchange", "dispatch_exchange", "slots_exchange"]
+FORWARD = ["all_gather_into_tensor", "combine_exchange", "dispatch_exchange", "messages_exchange", "slots_exchange"]
 BACKWARD = ["all_to_all_single", "combine_exchange", "dispatch_exchange", "return_exchange"]
 
 

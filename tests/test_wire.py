@@ -324,9 +324,9 @@ def test_a_compiled_layer_is_the_eager_one_and_its_passes_know_the_exchange() ->
     first, second = run_ranks(compiled_here, 2, timeout=300)
     assert first == second
     forward, backward, merged, merged_backward = first
-    assert forward == ["all_to_all_single", "plan_sizes", "slots_exchange", "wire_exchange", "combine_exchange"]
+    assert forward == ["messages_exchange", "plan_sizes", "slots_exchange", "wire_exchange", "combine_exchange"]
     assert backward == ["wire_exchange", "combine_exchange", "return_exchange"]
-    assert merged == ["all_to_all_single", "plan_sizes", "rows_exchange", "combine_exchange"]
+    assert merged == ["messages_exchange", "plan_sizes", "rows_exchange", "combine_exchange"]
     assert merged_backward == ["wire_exchange", "rows_exchange"]
 
 

@@ -54,6 +54,8 @@ def text_of(graph: torch.fx.Graph) -> str:
             continue
         parts = {user.args[1]: user.name for user in node.users if user.target is operator.getitem}
         results = [parts.get(i, "_") for i in range(len(node.target._schema.returns))] if parts else [node.name]
-        arguments = ["GROUP" if isinstance(argument, str) else str(argument) for argument in node.args]
+        arguments = [repr(argument) if isinstance(argument, str) else str(argument) for argument in node.args]
+        if node.args and isinstance(node.args[-1], str):
+            arguments[-1] = "GROUP"  # the last argument of an op that exchanges, whose name is the process's own affair
         lines.append(f"{', '.join(results)} = {name}({', '.join(arguments)})")
     return "\n".join(lines)

@@ -99,7 +99,7 @@ def messages(function: Any, merged: bool, dtype: torch.dtype) -> tuple[list[Tens
 
 
 def merged_here() -> list[str]:
-    for function, dtype, before, after in ((tree, torch.float32, 10, 4), (layer, torch.bfloat16, 6, 4)):  # and the counts' one
+    for function, dtype, before, after in ((tree, torch.float32, 11, 5), (layer, torch.bfloat16, 7, 5)):  # the counts' among them
         want, apart, _ = messages(function, False, dtype)
         got, together, texts = messages(function, True, dtype)
         for one, other in zip(got, want, strict=True):
@@ -118,9 +118,9 @@ def test_a_layer_sends_3_messages_for_4_forward_and_2_for_3_backward_and_gives_t
         forward,
         """\
 getitem, getitem_1 = moecomm::count(primals_4, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3, 0])
-all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
+messages_exchange = moecomm::messages_exchange(getitem_1, 'the counts of plan', GROUP)
 view = aten::view(primals_2, [primals_3, 16])
-wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
+wait_tensor = _c10d_functional::wait_tensor(messages_exchange)
 getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
 getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
 slots_message_default = moecomm::slots_message(primals_4, primals_6, getitem, getitem_6, 4, False)
@@ -183,7 +183,7 @@ def inductor_here() -> None:
     compiled = torch.compile(layer, fullgraph=True, options=options(merge_exchanges, overlap_exchanges))
     with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
         got = step(compiled, given, experts)
-    assert exchange.call_count == 4
+    assert exchange.call_count == 5
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
 

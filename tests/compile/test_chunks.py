@@ -54,15 +54,15 @@ def test_chunks_give_what_the_whole_batch_does_and_each_exchanges_while_the_othe
         "\n".join(orders[0]),
         """\
 count
-all_to_all_single
+messages_exchange
 count
-all_to_all_single
-wait all_to_all_single
+messages_exchange
+wait messages_exchange
 plan_sizes
 counting_sort
 slots_exchange
 dispatch_exchange
-wait all_to_all_single
+wait messages_exchange
 plan_sizes
 counting_sort
 slots_exchange

@@ -187,8 +187,8 @@ def test_the_generated_code_keeps_the_order_beside_a_users_own_pass() -> None:
         "\n".join(forward),
         """\
 count
-all_to_all_single
-wait all_to_all_single
+messages_exchange
+wait messages_exchange
 plan_sizes
 counting_sort
 slots_exchange
@@ -255,8 +255,8 @@ def test_in_the_graph_the_shared_expert_runs_during_the_exchanges_and_weights_gr
         forward,
         """\
 getitem, getitem_1 = moecomm::count(input_1, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3, 0])
-all_to_all_single = _c10d_functional::all_to_all_single(getitem_1, [1, 1], [1, 1], GROUP)
-wait_tensor = _c10d_functional::wait_tensor(all_to_all_single)
+messages_exchange = moecomm::messages_exchange(getitem_1, 'the counts of plan', GROUP)
+wait_tensor = _c10d_functional::wait_tensor(messages_exchange)
 getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
 getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
 slots_exchange = moecomm::slots_exchange(input_1, input_2, getitem, getitem_6, 4, getitem_5, getitem_3, GROUP)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.library import opcheck
 
-from moecomm.ops.exchange import combine_exchange, dispatch_exchange, return_exchange, wait
+from moecomm.ops.exchange import combine_exchange, dispatch_exchange, messages_exchange, return_exchange, wait
 from tests.ops.cases import IN_FLIGHT, assert_within_rounding, seeded
 from tests.spawn import run_ranks
 
@@ -101,6 +101,19 @@ def test_what_arrives_is_what_was_sent_here_in_the_order_of_the_ranks(ranks: int
                 want, sizes = (blocks(list(parts), back, rank) for parts in zip(*(sums(here, weighted) for here in held), strict=True))
                 assert_within_rounding(got[name], want, sizes, 2.0**-22)
             assert torch.equal(got["combined"], got["again"])
+
+
+def messages_here() -> tuple[Tensor, Tensor]:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    messages = torch.arange(ranks * 3).view(ranks, 3) + 100 * rank  # row p goes to rank p
+    opcheck(messages_exchange, (messages, "numbers", dist.group.WORLD.group_name), test_utils=IN_FLIGHT)
+    return messages, wait(messages_exchange(messages, "numbers", dist.group.WORLD.group_name))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_has_its_message_of_every_other(ranks: int) -> None:
+    sent, received = zip(*run_ranks(messages_here, ranks), strict=True)
+    assert torch.equal(torch.stack(sent).transpose(0, 1), torch.stack(received))
 
 
 def overwrite_the_input(pairs: list[list[int]]) -> tuple[Tensor, ...]:

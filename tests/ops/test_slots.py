@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.ops.count import count
-from moecomm.ops.exchange import wait
+from moecomm.ops.exchange import messages_exchange, wait
 from moecomm.ops.fit import fit
 from moecomm.ops.signature import signature
 from moecomm.ops.sizes import plan_sizes
@@ -51,8 +51,7 @@ def arguments(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[objec
     """What exchange_slots takes after the weights: (experts, keys, order, position, local, splits, received, group)."""
     ranks, group = dist.get_world_size(), dist.group.WORLD.group_name
     keys, sent = count(experts, num_experts, ranks, signature(experts, weights, num_experts))
-    pairs = [1] * ranks
-    s, r, _, splits = plan_sizes(sent, wait(torch.ops._c10d_functional.all_to_all_single(sent, pairs, pairs, group)))
+    s, r, _, splits = plan_sizes(sent, wait(messages_exchange(sent, "counts", group)))
     order, position, _ = counting_sort(keys, ranks, s)
     return experts, keys, order, position, num_experts // ranks, splits, r, group
 
