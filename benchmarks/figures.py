@@ -16,6 +16,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "layer": ("A layer beside the other ways", layer_tables.layer),
+    "cpu_time": ("Where a step's CPU time goes", layer_tables.cpu_time),
     "floors": ("Each op beside a copy of the same rows", tables.floors),
     "experts": ("A layer with its experts", tables.experts),
     "sweep": ("How the cost grows", sweep_tables.sweep),

@@ -99,3 +99,15 @@ def small(lines: list[Line]) -> str:
         if line["what"].startswith(("tiny", "threads"))
     ]
     return table(["", "memory", "", "ratio", "microseconds"], rows)
+
+
+def cpu_time(results: Line) -> str:
+    rows = []
+    for whole in found(results["lines"], case="k_fold", to="moecomm"):
+        alike = {key: whole[key] for key in ("memory", "dtype", "k")}
+        for way, seconds in zip(("k_fold", "moecomm"), whole["amounts"], strict=True):
+            parts = ", ".join(f"{line['case']} {line['ratio']:.0%}" for line in found(results["lines"], way=way, **alike))
+            ratio = f"{whole['ratio']:.2f}" if way == "moecomm" else ""
+            rows.append([*map(str, alike.values()), way, f"{1e3 * seconds:.1f}", ratio, parts])
+    header = ["memory", "dtype", "K", "", "CPU ms a rank", "`k_fold` / moecomm", "of it"]
+    return ran(results["about"]) + "\n\n" + table(header, rows)

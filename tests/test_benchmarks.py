@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks import experts, figures, floors, layer, links, sweep, timing
+from benchmarks import cpu_time, experts, figures, floors, layer, links, sweep, timing
 from benchmarks.inputs import ALL_TO_ONE, ZIPF, routed, step
 from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
 from benchmarks.sweep import Point
@@ -82,6 +82,22 @@ def test_ranks_are_measured_alike_and_bytes_are_counted() -> None:
         elsewhere += int((places != rank).sum())
     counts = 4 * 3 * layer.EXPERTS // 4 * 8  # int64, of each rank's experts to each other rank
     assert of_k_fold == 4 * elsewhere * 8 * 4 + counts  # a float32 row a slot, in four exchanges
+
+
+def cpu_time_here() -> list[timing.Line]:
+    with patch.multiple(cpu_time, TOKENS=16, DIM=8, REPEATS=2):
+        return cpu_time.here(torch.float32, 2)
+
+
+def test_the_parts_of_a_steps_cpu_time_are_all_of_it() -> None:
+    of_ranks = run_ranks(cpu_time_here, 4, timeout=120)
+    assert all(lines == of_ranks[0] for lines in of_ranks)
+    *parts, whole = of_ranks[0]
+    for way, seconds in zip(("k_fold", MOECOMM), whole["amounts"], strict=True):
+        own = [line for line in parts if line["way"] == way]
+        assert sum(line["ratio"] for line in own) == pytest.approx(1)
+        assert {line["amounts"][1] for line in own} == {seconds}
+        assert {cpu_time.THREADS, cpu_time.BETWEEN, cpu_time.OTHERS} < {line["case"] for line in own}
 
 
 def test_the_most_that_is_held_and_what_is_kept_are_counted_in_bytes() -> None:
