@@ -25,11 +25,11 @@ def sizes_fake(sent: Tensor, received: Tensor) -> tuple[torch.SymInt, torch.SymI
 
 
 def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor]:
-    messages = torch.stack((sent, received)).cpu()  # [2, P, 6 + signature]: the host sync of a layer
-    check_routing(messages[1].tolist(), MOST)
-    splits = messages[:, :, PAIRS].contiguous()  # [2, P]
-    pairs_sent, pairs_received = splits.sum(1).tolist()
-    return pairs_sent, pairs_received, int(messages[1, :, SLOTS].sum()), splits
+    out, into = (sent, received) if sent.is_cpu else torch.stack((sent, received)).cpu()  # [P, 6 + signature]: the host sync of a layer
+    messages = into.tolist()
+    check_routing(messages, MOST)
+    pairs = [out[:, PAIRS].tolist(), [message[PAIRS] for message in messages]]
+    return sum(pairs[0]), sum(pairs[1]), sum(message[SLOTS] for message in messages), torch.tensor(pairs)
 
 
 def checked_fake(received: Tensor, keys: Tensor) -> Tensor:
