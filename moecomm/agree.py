@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._pytree import tree_leaves
 
 from moecomm.errors import MoECommError
 from moecomm.group import Group, process_group
 from moecomm.ops.exchange import messages_exchange, wait
-from moecomm.ops.signature import FUNCTIONS, SIGNATURE, SIGNED, WIDTH, check_agreed
+from moecomm.ops.signature import FUNCTIONS, SIGNATURE, SIGNED, WIDTH, check_agreed, traced
 
 Result = TypeVar("Result")
 
@@ -34,9 +36,29 @@ def checksums(function: str, passed: object, device: torch.device, group: Group)
     return [message[SIGNATURE + 1] for message in messages]
 
 
+def tell_refusal(function: str, passed: object, group: Group) -> None:
+    """Send the others, in place of the message of ``function`` that they wait for, that this rank refuses its arguments: they raise, too.
+
+    It is not waited for: this rank's own error comes at once, wherever the others are. Torch keeps the message until they have it. It goes
+    from the first device of the tensors in ``passed`` that the group sends from; where there is none, nothing is sent.
+    """
+    if group.size == 1 or traced():
+        return
+    mine = [0] * WIDTH
+    mine[SIGNATURE] = FUNCTIONS.index(function) + len(FUNCTIONS)
+    for device in dict.fromkeys(leaf.device for leaf in tree_leaves(passed) if isinstance(leaf, Tensor) and not leaf.is_meta):
+        try:
+            sent = torch.tensor([mine] * group.size, device=device).view(torch.uint8)  # [P, bytes of WIDTH]
+            dist.all_to_all_single(torch.empty_like(sent), sent, None, None, group=process_group(group.name), async_op=True)
+            return
+        except RuntimeError:  # not a device of this group's, or a group that is broken: what counts is the rank's own error
+            continue
+
+
 def _gathered(passed: object, group: Group) -> list[Any]:
     ranks: list[Any] = [None] * group.size
-    dist.all_gather_object(ranks, passed, process_group(group.name))
+    with temporarily_clear_interpreter_stack():  # of torch.func, in whose transforms torch cannot read what it gathered (2.13)
+        dist.all_gather_object(ranks, passed, process_group(group.name))
     return ranks
 
 
@@ -60,7 +82,7 @@ def check_same_placement(function: str, rows: list[list[int]], device: torch.dev
 
 def ticket(device: torch.device, group: Group) -> int:
     """A number that all ranks have alike and, but for chance, no other plan has: one small exchange, read by the host."""
-    if group.size == 1 or torch.compiler.is_compiling():
+    if group.size == 1 or traced():
         return 0
     return zlib.crc32(repr(checksums("plan", time.time_ns(), device, group)).encode()) or 1
 
@@ -75,9 +97,9 @@ def check_same_call(
     error = result = None
     try:
         result = check()
-    except (TypeError, ValueError) as raised:
+    except (NotImplementedError, TypeError, ValueError) as raised:
         error = raised
-    mine = {"plan": f"number {ticket}", **passed, "what was passed": "as it must be" if error is None else f"refused ({error})"}
+    mine = {"plan": f"number {ticket}", "what was passed": "as it must be" if error is None else f"refused ({error})", **passed}
     if len(set(checksums(function, mine, device, group))) > 1:
         ranks = _gathered(mine, group)
         what = next(what for each in ranks for what in each if len({other.get(what) for other in ranks}) > 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_leaves
 
-from moecomm.agree import exchange_messages, ticket
+from moecomm.agree import exchange_messages, tell_refusal, ticket
 from moecomm.dtensor import make_layout, to_local
 from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_slots, check_tensor, differ, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
@@ -121,12 +121,14 @@ def plan(
 
     Backward: from the plan's weights to ``weights``, in one exchange.
 
-    Raises TypeError or ValueError for an argument that is wrong on this rank, and NotImplementedError where `dispatch` does, before
-    anything is sent; `MoECommError`, alike on every rank, where the ranks differ in K, E, a dtype, ``like``, ``placement``, ``max_rows`` or
+    Raises TypeError or ValueError for an argument that is wrong on this rank, and NotImplementedError where `dispatch` does, before a token
+    is sent; `MoECommError`, alike on every rank, where the ranks differ in K, E, a dtype, ``like``, ``placement``, ``max_rows`` or
     ``check``, in whether weights or like require a gradient, or in the function that they call, as far as it begins with such a message too
     (`sync_params_`, `sync_replicas_`); where they have more than 2^31 - 256 slots together, which int32 indices cannot number; and with
     ``check`` where a weight is NaN or infinite. `ExpertIdError` (a ValueError as well), alike on every rank, where an id is outside [-1, E)
-    on any of them. In static mode none of these is raised without ``check``, and it is T * K and P * C * K that are bounded.
+    on any of them. In static mode none of these is raised without ``check``, and it is T * K and P * C * K that are bounded. In eager code
+    a rank that refuses its arguments sends the others that, in place of the message that they wait for, and they raise a `MoECommError`
+    that names it; not where it can find no group or no tensor that is on one of the group's devices.
 
     The logger "moecomm" gets a line with the sizes at level DEBUG; code that torch.compile traced logs nothing.
 
@@ -150,38 +152,23 @@ def plan(
     >>> combine(rows, a_plan)
     tensor([20., 11.,  0.])
     """
-    check_reverse_mode("plan", (weights,))
     ranks = resolve_group(group)
     leaves = [] if like is None else tree_leaves(like)
-    layout = make_layout(experts, weights, leaves, ranks)
-    if layout is not None:
-        leaves = [to_local(leaf) for leaf in leaves]
-        local_plan = plan(
-            to_local(experts),
-            to_local(weights),
-            num_experts,
-            group,
-            placement=placement,
-            like=leaves,
-            max_rows=max_rows,
-            check=check,
-            align=align,
-        )
-        return local_plan._replace(layout=layout)
-    _check(experts, weights, num_experts, ranks.size if placement is None else None, leaves, max_rows, align)
-    local, checksum, places, placed = num_experts // ranks.size, -1, experts, None
-    if placement is not None:
-        where = as_tensor(placement, ranks.size)  # [P, L]
-        local = where.shape[1]
-        table, checksum = placement_table(where, num_experts, experts.device)
-        places, placed = place(experts, table, num_experts, ranks.size, ranks.name)  # [T, K] each: of the P * L places, and of the P ranks
-    signed = signature(experts, weights, num_experts, leaves, checksum, max_rows, check)
-    routing = _Routing(experts, weights, num_experts, places, placed, local, signed, check, align, ranks)
+    try:
+        check_reverse_mode("plan", (weights,))
+        layout = make_layout(experts, weights, leaves, ranks)
+        if layout is not None:
+            experts, weights, leaves = to_local(experts), to_local(weights), [to_local(leaf) for leaf in leaves]
+        routing = _routing(experts, weights, num_experts, placement, leaves, max_rows, check, align, ranks)
+    except (NotImplementedError, TypeError, ValueError):
+        if max_rows is None or check:  # the others wait for a message of this rank
+            tell_refusal("plan" if max_rows is None else "plan with max_rows", (experts, weights, leaves), ranks)
+        raise
     made = _dynamic_plan(routing) if max_rows is None else _static_plan(routing, max_rows)
     if check:
         made = made._replace(ticket=ticket(experts.device, ranks))
     log_plan(made, leaves)
-    return made
+    return made if layout is None else made._replace(layout=layout)
 
 
 class _Routing(NamedTuple):
@@ -197,6 +184,30 @@ class _Routing(NamedTuple):
     check: bool
     align: int
     group: Group
+
+
+def _routing(
+    experts: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    placement: Placement | None,
+    like: list[Tensor],
+    max_rows: int | None,
+    check: bool,
+    align: int,
+    group: Group,
+) -> _Routing:
+    """Raises where an argument is wrong."""
+    _check(experts, weights, num_experts, group.size if placement is None else None, like, max_rows, align)
+    local, checksum, places, placed = num_experts // group.size, -1, experts, None
+    if placement is not None:
+        where = as_tensor(placement, group.size)  # [P, L]
+        local = where.shape[1]
+        table, checksum = placement_table(where, num_experts, experts.device)
+        places, placed = place(experts, table, num_experts, group.size, group.name)  # [T, K] each: of the P * L places, and of the P ranks
+    _check_numbers(experts, local, max_rows, align, group.size)
+    signed = signature(experts, weights, num_experts, like, checksum, max_rows, check)
+    return _Routing(experts, weights, num_experts, places, placed, local, signed, check, align, group)
 
 
 def _dynamic_plan(routing: _Routing) -> Plan:
@@ -215,10 +226,6 @@ def _static_plan(routing: _Routing, max_rows: int) -> Plan:
     experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
     k = experts.shape[1]
     pairs = group.size * max_rows  # S = R
-    check_slots(experts, MOST)
-    if guard_or_false(pairs * k > MOST):
-        must = f"at most {MOST // (group.size * k)}, as int32 indices number the slots of all {group.size} ranks"
-        wrong_value("max_rows", max_rows, must)
     if check:
         keys, sent = count(experts, num_experts, group.size, signed, placed, weights)
         keys = checked(exchange_messages(sent, group, COUNTS), keys)
@@ -289,3 +296,15 @@ def _check(
             wrong_type("max_rows", type(max_rows).__name__, "an int or None")
         if guard_or_false(max_rows < 1):
             wrong_value("max_rows", max_rows, "at least 1")
+
+
+def _check_numbers(experts: Tensor, local: int, max_rows: int | None, align: int, ranks: int) -> None:
+    """Raise unless int32 indices can number the slots and the rows, as far as this rank knows how many there are."""
+    k, rows = experts.shape[1], 0
+    if max_rows is not None:
+        check_slots(experts, MOST)
+        if guard_or_false(ranks * max_rows * k > MOST):
+            wrong_value("max_rows", max_rows, f"at most {MOST // (ranks * k)}, as int32 indices number the slots of all {ranks} ranks")
+        rows = ranks * max_rows * min(k, local)
+    if guard_or_false(rows + local * (align - 1) > MOST):
+        wrong_value("align", align, f"at most {(MOST - rows) // local + 1}, as int32 indices number the rows, L * (align - 1) more")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moecomm.agree import check_same_kind, check_same_placement
+from moecomm.agree import check_same_kind, check_same_placement, tell_refusal
 from moecomm.group import Group, GroupLike, process_group, resolve_group
 from moecomm.ops.place import upload
 from moecomm.ops.rank_sum import rank_sum
@@ -32,16 +32,22 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
 
     Backward: none; it is no part of any graph.
 
-    Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent; `MoECommError`, alike on every
-    rank, where the ranks' placements differ, or their weights in number, shape or dtype.
+    Raises TypeError or ValueError for an argument that is wrong on this rank, before a weight is sent; `MoECommError`, alike on every
+    rank, where the ranks' placements differ, or their weights in number, shape or dtype, and on all others where one raises its own error
+    and has a tensor on a device of the group.
 
     >>> sync_replicas_(torch.ones(2, 3), placement=[[1, 0]])  # a single process has no replicas
     """
     ranks = resolve_group(group)
-    tensors = list(named_tensors(params).values())
-    rows = checked_rows(placement, ranks)
-    check_experts_of([local_part(tensor) for tensor in tensors], len(rows[0]))
-    check_device(tensors)
+    tensors: list[Tensor] = []
+    try:
+        tensors = list(named_tensors(params).values())
+        rows = checked_rows(placement, ranks)
+        check_experts_of([local_part(tensor) for tensor in tensors], len(rows[0]))
+        check_device(tensors)
+    except (TypeError, ValueError):
+        tell_refusal("sync_replicas_", (tensors, params), ranks)
+        raise
     if ranks.size == 1 or not tensors:
         return
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moecomm.agree import check_same_kind
+from moecomm.agree import check_same_kind, tell_refusal
 from moecomm.errors import check_tensor, wrong_type, wrong_value
 from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.ops import sync as ops
@@ -78,15 +78,20 @@ def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
 
     Backward: none; it is no part of any graph.
 
-    Raises as `sync_params` does, before anything is sent; `MoECommError`, alike on every rank, where the ranks' tensors differ in
-    number, shape or dtype.
+    Raises as `sync_params` does, before a tensor is sent; `MoECommError`, alike on every rank, where the ranks' tensors differ in
+    number, shape or dtype, and on all others where one raises its own error and has a tensor on a device of the group.
 
     >>> sync_params_(torch.nn.Linear(2, 1), None)  # a single process has nothing to do
     """
     ranks = resolve_group(group)
-    _check_src(src, ranks)
-    tensors = list(named_tensors(params, buffers=True).values())
-    _check_place(tensors, ranks)
+    tensors: list[Tensor] = []
+    try:
+        tensors = list(named_tensors(params, buffers=True).values())
+        _check_src(src, ranks)
+        _check_place(tensors, ranks)
+    except (TypeError, ValueError):
+        tell_refusal("sync_params_", (tensors, params), ranks)
+        raise
     if ranks.size == 1 or not tensors:
         return
     with torch.no_grad():

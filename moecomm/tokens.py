@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moecomm.agree import check_same_call
@@ -16,6 +15,7 @@ from moecomm.errors import check_floating, check_reverse_mode, check_tensor, dif
 from moecomm.group import resolve_group
 from moecomm.ops import tokens as ops
 from moecomm.ops.gather import gather
+from moecomm.ops.signature import traced
 from moecomm.ops.sums import sum_gradient
 from moecomm.ops.weighted_sum import weighted_sum
 from moecomm.ops.wire import DTYPES, WIRES
@@ -87,9 +87,9 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
             [0.0000, 0.0000]])
     """
     _check_plan(plan)
-    check_reverse_mode("dispatch", tree_leaves(x))
 
     def shards() -> Tree:
+        check_reverse_mode("dispatch", tree_leaves(x))
         here = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
         for leaf in tree_leaves(here):  # all of them, before the first is sent
             _check_leaf("x", leaf, plan, plan.tokens, "T")
@@ -138,9 +138,9 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
             [2., 2.]]))
     """
     _check_plan(plan)
-    check_reverse_mode("dispatch_quantized", [x])
 
     def shard() -> Tensor:
+        check_reverse_mode("dispatch_quantized", [x])
         here = shard_of("x", x, plan.layout)
         check_tensor("x", here, "[T, D]", dims=2)
         _check_leaf("x", here, plan, plan.tokens, "T")
@@ -188,9 +188,9 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
             [8.]])
     """
     _check_plan(plan)
-    check_reverse_mode("combine", [plan.weights, *tree_leaves(rows)])
 
     def check() -> None:
+        check_reverse_mode("combine", [plan.weights, *tree_leaves(rows)])
         for leaf in tree_leaves(rows):  # all of them, before the first is sent
             _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
             check_floating("rows", leaf)
@@ -235,7 +235,7 @@ def _check_plan(plan: Plan) -> None:
 
 def _checked(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any, Any], check: Callable[[], Result]) -> Result:
     """What ``check`` gives; of a plan that was made with check=True, where all ranks called this function alike."""
-    if not plan.ticket or is_compiling():
+    if not plan.ticket or traced():
         return check()
     described: dict[str, object] = {"wire": repr(wires[0]), "backward_wire": repr(wires[1])}
     for argument, tree in passed.items():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from moecomm.errors import ExpertIdError, MoECommError
 
@@ -23,7 +24,9 @@ SIGNED = (  # what the numbers of a signature mean
 WIDTH = SIGNATURE + len(SIGNED)
 DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
 GRADIENTS = ("of neither weights nor like", "of weights", "of like", "of weights and like")
-MODULUS = 2**61 - 1
+CHECKS = (False, True, "True in traced code")  # of torch.compile or make_fx: it compares no later calls, and so sends fewer messages
+REFUSES = " with arguments that it refuses"  # FUNCTIONS' index of such a call is as many more as there are FUNCTIONS
+MODULUS = 2**31 - 1  # of checksums: a compiled graph may compute them in int64, with sizes that it does not know
 
 
 def signature(
@@ -49,8 +52,14 @@ def signature(
         gradients = int(weights.requires_grad) + 2 * any(leaf.requires_grad for leaf in like)
     static = -1 if max_rows is None else max_rows
     function = FUNCTIONS.index("plan" if max_rows is None else "plan with max_rows")
+    checks = (2 if traced() else 1) if check else 0
     tensors = [experts.shape[1], num_experts, DTYPES.index(weights.dtype), elements, dtype, others]
-    return [function, *tensors, placement, static, gradients, int(check)]
+    return [function, *tensors, placement, static, gradients, checks]
+
+
+def traced() -> bool:
+    """Whether this makes a graph, by torch.compile or `make_fx`: later calls compare nothing there, for their host would read numbers."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def check_agreed(messages: list[list[int]], signed: Sequence[str] = SIGNED) -> None:
@@ -84,9 +93,10 @@ def check_routing(messages: list[list[int]], most: int | None) -> None:
 
 def _readable(what: str, value: int) -> object:
     if what == "function":
-        return FUNCTIONS[value] if 0 <= value < len(FUNCTIONS) else f"one that is not known, {value},"
+        refused, function = divmod(value, len(FUNCTIONS))
+        return FUNCTIONS[function] + (REFUSES if refused else "") if 0 <= refused <= 1 else f"one that is not known, {value},"
     if what == "check":
-        return bool(value)
+        return CHECKS[value]
     if what == "requires_grad":
         return GRADIENTS[value]
     if value < 0:

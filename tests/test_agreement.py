@@ -6,12 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import moecomm.functional as mf
 from moecomm.errors import ExpertIdError, MoECommError
+from moecomm.ops.signature import SIGNED, signature
 from tests.spawn import run_ranks
 from tests.test_bad_input import assert_the_group_still_works
 from tests.traffic import Traffic
@@ -111,6 +116,23 @@ def test_ranks_that_agree_raise_nothing() -> None:
     run_ranks(calls_here, 2)
 
 
+def test_the_checksum_of_companions_is_the_same_in_code_of_64_bits_that_does_not_know_their_sizes() -> None:
+    """Inductor's C++ computes it in int64, eager code in Python's ints: no step of it may pass 2^63 - 1."""
+    companions = [torch.ones(T, 2**20 + i, dtype=torch.uint8) for i in range(6)]
+    names = SIGNED.index("like's other tensors")
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fakes = [
+            mode.from_tensor(leaf, symbolic_context=StatelessSymbolicContext([DimDynamic.STATIC, DimDynamic.DYNAMIC]))
+            for leaf in companions
+        ]
+        checksum = signature(*inputs()[1:], E, fakes)[names].node
+    assert checksum.expr.free_symbols
+    values = {symbol: int(mode.shape_env.backed_var_to_val[symbol]) for symbol in checksum.expr.free_symbols}
+    for step in sympy.preorder_traversal(checksum.expr):
+        assert abs(int(step.xreplace(values))) < 2**63
+    assert int(checksum.expr.xreplace(values)) == signature(*inputs()[1:], E, companions)[names]
+
+
 def checked(num_experts: int = E, **changed: Any) -> mf.Plan:
     _, experts, weights = inputs()
     return mf.plan(experts, weights, num_experts, check=True, **changed)
@@ -179,6 +201,13 @@ LATER: dict[str, tuple[Callable[[mf.Plan, mf.Plan], object], Callable[[mf.Plan, 
         lambda first, second: mf.dispatch(torch.ones(T, D), first, wire="mxfp8"),
         lambda first, second: mf.dispatch(torch.ones(T, D), first),
         "wire was 'mxfp8' on rank 0, None on rank 1 of the group; dispatch must be called alike on every rank",
+    ),
+    "a transform of torch.func": (
+        lambda first, second: mf.dispatch(torch.ones(T, D), first),
+        lambda first, second: torch.func.grad(lambda x: mf.dispatch(x, first).sum())(torch.ones(T, D)),
+        "what was passed was as it must be on rank 0, refused (dispatch was called inside a Grad transform of torch.func; it must be "
+        "called outside: torch.autograd.grad and backward differentiate it, as many times as you like) on rank 1 of the group; dispatch "
+        "must be called alike on every rank",
     ),
     "another backward wire": (
         lambda first, second: then_combine(first, torch.ones(T, D)),
@@ -259,6 +288,35 @@ def test_check_without_a_group(max_rows: int | None) -> None:
     with pytest.raises(ExpertIdError):
         plan(experts=experts + 1, max_rows=max_rows, check=True)
     plan(experts=experts, weights=weights, max_rows=max_rows)  # an option
+
+
+def layer(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    made = mf.plan(experts, weights, E, check=True)
+    return mf.combine(mf.dispatch(x, made), made)
+
+
+TRACED: dict[str, Callable[..., Tensor]] = {
+    "torch.compile": torch.compile(layer, fullgraph=True, backend="aot_eager"),
+    "make_fx": lambda *given: make_fx(layer)(*given)(*given),
+    "make_fx, symbolic": lambda *given: make_fx(layer, tracing_mode="symbolic")(*given)(*given),
+}
+
+
+def one_traced_here() -> list[str]:
+    texts = []
+    for traced in TRACED.values():
+        assert torch.equal(traced(*inputs()), layer(*inputs()))
+        with pytest.raises(MoECommError) as raised:
+            (traced if dist.get_rank() else layer)(*inputs())
+        assert_the_group_still_works()
+        texts.append(str(raised.value))
+    return texts
+
+
+@pytest.mark.slow
+def test_a_check_in_eager_code_on_one_rank_and_in_traced_code_on_another_is_the_same_error() -> None:
+    for texts in run_ranks(one_traced_here, 2, timeout=120):
+        assert texts == [f"check was True on rank 0, True in traced code on rank 1 of the group; {SAME}"] * len(TRACED)
 
 
 def compiled_here() -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
+from moecomm.ops.signature import WIDTH
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 
@@ -108,6 +109,18 @@ def wrong_plans() -> dict[str, Wrong]:
             ValueError,
             f"max_rows was 1073741824; it must be at most {1073741696 // ranks}, as int32 indices number the slots of all {ranks} ranks",
         ),
+        "padding that int32 indices cannot number": Wrong(
+            lambda: mf.plan(experts, weights, E, align=2**31),
+            ValueError,
+            f"align was 2147483648; it must be at most {(2**31 - 256) // (E // ranks) + 1}, as int32 indices number the rows, "
+            "L * (align - 1) more",
+        ),
+        "padding that int32 indices cannot number in static mode": Wrong(
+            lambda: mf.plan(experts, weights, E, max_rows=2**29 // ranks, align=2**29),
+            ValueError,
+            f"align was 536870912; it must be at most {(2**31 - 256 - 2**29 * min(K, E // ranks)) // (E // ranks) + 1}, as int32 indices "
+            "number the rows, L * (align - 1) more",
+        ),
         "a group that is a number": Wrong(
             lambda: mf.plan(experts, weights, E, 2),
             TypeError,
@@ -200,18 +213,30 @@ def wrong_slices() -> dict[str, Wrong]:
     }
 
 
-def assert_each_raises_and_sends_nothing(wrong: dict[str, Wrong]) -> None:
+def assert_each_raises_and_sends_nothing(wrong: dict[str, Wrong], but: list[list[int]] | None = None) -> None:
+    """Nothing ``but`` messages of so many bytes to each rank."""
     for name, (call, error, message) in wrong.items():
         with Traffic() as traffic, pytest.raises(error) as raised:
             call()
         assert str(raised.value) == message, name
         assert type(raised.value) is error, name
-        assert traffic.collectives == [], name
+        assert traffic.bytes == (but or []), name
+        assert traffic.collectives == ["all_to_all_single", "alltoall_base_"] * len(traffic.bytes), name  # torch's function, and its op
+
+
+REFUSAL = [[8 * WIDTH] * 2]  # the message that the other rank waits for
+UNTOLD = {  # in static mode nobody waits for one, and without a group there is nobody
+    "more slots than int32 indices number", "room for more slots than int32 indices number", "a group that is a number",
+    "the name of no group", "padding that int32 indices cannot number in static mode",
+}  # fmt: skip
 
 
 def all_wrong_here() -> None:
     plan = mf.plan(*routing(), E)
-    assert_each_raises_and_sends_nothing(wrong_plans() | wrong_moves(plan) | wrong_slices())
+    assert_each_raises_and_sends_nothing(wrong_moves(plan) | wrong_slices())
+    plans = wrong_plans()
+    assert_each_raises_and_sends_nothing({name: plans[name] for name in UNTOLD})
+    assert_each_raises_and_sends_nothing({name: wrong for name, wrong in plans.items() if name not in UNTOLD}, REFUSAL)
     assert_the_group_still_works()
 
 
@@ -238,7 +263,7 @@ def test_a_wrong_argument_is_named_before_anything_is_sent() -> None:
 def experts_that_do_not_divide_here() -> None:
     experts, weights = routing()
     message = "num_experts was 5; it must be a positive multiple of the group's 2 ranks"
-    assert_each_raises_and_sends_nothing({"": Wrong(lambda: mf.plan(experts, weights, 5), ValueError, message)})
+    assert_each_raises_and_sends_nothing({"": Wrong(lambda: mf.plan(experts, weights, 5), ValueError, message)}, REFUSAL)
 
 
 def test_experts_that_do_not_divide_over_the_ranks_are_refused() -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
+from moecomm.ops.signature import WIDTH
 from tests import layers, one_process, reference
 from tests.one_process import RATE, Run, Sizes
 from tests.spawn import run_ranks
@@ -394,15 +395,20 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 def refused_here() -> None:
+    """The refusal is sent where the other rank waits for a message, and nothing else is."""
     for name, (placement, error, message) in WRONG.items():
-        calls = [lambda p=placement: mf.plan(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2), 4, placement=p)]
+        calls = [(lambda p=placement: mf.plan(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2), 4, placement=p), 1)]
         if name != "an id out of range":
-            calls += [lambda p=placement, f=f: f(torch.ones(2, 2), p) for f in (mf.sync_replicas_, mf.sync_replica_grads_)]
-        for call in calls:
+            calls += [
+                (lambda p=placement, f=f: f(torch.ones(2, 2), p), f is mf.sync_replicas_)
+                for f in (mf.sync_replicas_, mf.sync_replica_grads_)
+            ]
+        for call, sent in calls:
             with Traffic() as traffic, pytest.raises(error) as raised:
                 call()
             assert str(raised.value) == message, name
-            assert traffic.collectives == []
+            assert traffic.bytes == [[8 * WIDTH] * 2] * sent
+            assert len(traffic.collectives) == 2 * sent  # torch's function, and its op
     with pytest.raises(ValueError, match="num_experts was 0; it must be at least 1"):
         mf.plan(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2), 0, placement=[[0], [1]])
     slots = r"it must be of shape \[2, ...\], with the placement's L = 2 experts"

@@ -223,7 +223,6 @@ def errors_here() -> None:
         (lambda: mf.sync_params([ones, ones.to("meta")], None), ValueError, "params was on cpu and on meta; it must be on one device"),
         (lambda: mf.sync_params(ones, 3), TypeError, "group was int"),
         (lambda: mf.sync_params(ones, dist.GroupMember.NON_GROUP_MEMBER), ValueError, "group was a group that this rank is not in"),
-        (lambda: mf.sync_params_(ones, None, src=2), ValueError, "src was 2; it must be a rank of the group, 0 to 1"),
         (lambda: mf.sync_params_(3, None), TypeError, "params was int; it must be an nn.Module, a mapping to tensors, or tensors"),
         (lambda: mf.sync_params_({"a": 3}, None), TypeError, "params['a'] was int; it must be a tensor of any shape"),
         (lambda: mf.sync_grads_([ones, None], None), TypeError, "params[1] was NoneType; it must be a tensor of any shape"),

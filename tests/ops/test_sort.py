@@ -49,6 +49,12 @@ def test_keys_begin_at_multiples(tokens: int, k: int, bins: int, align: int, dev
     check_aligned(routing(tokens, k, bins, seed=tokens), bins, align, device)
 
 
+def test_more_rows_than_int32_indices_number_are_refused() -> None:
+    for sort in (counting_sort, sort_triton):
+        with pytest.raises(ValueError, match="align was 16; it must be less: with padding there are 2147483393 rows, and int32 indices"):
+            sort(torch.zeros(3, 1, dtype=torch.int32), 2, 2**31 - 255, True, 16)
+
+
 def check_bounded(keys: Tensor, bins: int, most: int, device: str) -> None:
     want = bounded_slots(keys, bins, most)
     for got in (bounded_cpu(keys, bins, most), guarded(bounded_triton, keys.to(device), bins, most)):
