@@ -48,7 +48,7 @@ def assert_close(case: Case, whole: Problem, results: list[tuple[list[Tensor], T
         torch.testing.assert_close(torch.cat([gradients[i] for gradients, _, _ in results]), want[name])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_layer_of_aligned_rows_is_the_dense_one_and_sends_no_more(ranks: int) -> None:
     for routing in ROUTINGS:
         for static in (False, True):

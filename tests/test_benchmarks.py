@@ -34,7 +34,7 @@ def check_here() -> None:
                 check(way, dtype, k)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_peer_is_the_dense_layer_on_ranks(ranks: int) -> None:
     run_ranks(check_here, ranks, timeout=120)
 
@@ -63,6 +63,7 @@ def lines_here() -> list[timing.Line]:
         return layer.on_ranks(torch.float32, 2, 2) + layer.bytes_and_peak(torch.float32, 2) + layer.threads()
 
 
+@pytest.mark.slow
 def test_ranks_are_measured_alike_and_bytes_are_counted() -> None:
     of_ranks = run_ranks(lines_here, 4, timeout=120)
     assert all(lines == of_ranks[0] for lines in of_ranks)  # the slowest rank's times, and everyone's bytes
@@ -89,6 +90,7 @@ def cpu_time_here() -> list[timing.Line]:
         return cpu_time.here(torch.float32, 2)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_steps_cpu_time_are_all_of_it() -> None:
     of_ranks = run_ranks(cpu_time_here, 4, timeout=120)
     assert all(lines == of_ranks[0] for lines in of_ranks)
@@ -142,6 +144,7 @@ def test_skewed_routing_is_what_its_name_says() -> None:
 # Small runs of everything that a CPU can run
 
 
+@pytest.mark.slow
 def test_each_op_is_measured_beside_a_copy() -> None:
     with patch.object(floors, "REPEATS", 2):
         for dtype in DTYPES:
@@ -149,12 +152,14 @@ def test_each_op_is_measured_beside_a_copy() -> None:
             assert {"gather", "weighted_sum", "sum", "weighted_sum_backward", "plan"} <= {line["case"] for line in lines}
 
 
+@pytest.mark.slow
 def test_a_layer_with_experts_is_measured_beside_matmuls() -> None:
     with patch.object(experts, "REPEATS", 2):
         lines = experts.layer_with_experts("cpu", experts.Sizes(64, 32, 16, 4, 2))
     assert {(MOECOMM, experts.FLOOR), (MOECOMM, experts.DENSE), ("k_fold", MOECOMM)} <= {(line["case"], line["to"]) for line in lines}
 
 
+@pytest.mark.slow
 def test_one_process_and_tiny_sizes_are_measured() -> None:
     with patch.multiple(layer, SECONDS=0.0, TINY_REPEATS=2):
         lines = layer.on_one("cpu", torch.float32, layer.Sizes(64, 16, 8, 2), 2) + layer.tiny("cpu")
@@ -179,6 +184,7 @@ def point_here(point: Point) -> list[timing.Line]:
         return sweep.here("cpu", point, amounts=True)
 
 
+@pytest.mark.slow
 def test_a_point_of_the_sweep_is_measured() -> None:
     point = Point(64, 16, 8, 2, 1)
     alone = point_here(point)
@@ -195,6 +201,7 @@ def exchanges_here() -> list[links.Measured]:
         return links.exchanges_here()
 
 
+@pytest.mark.slow
 def test_exchanges_are_measured_beside_what_the_model_expects_of_them() -> None:
     measured = run_ranks(exchanges_here, 2, timeout=120)[0]
     assert [each.bytes_to_each for each in measured[:2]] == [256, 1024]
@@ -215,6 +222,7 @@ def test_the_figures_in_the_document_are_those_of_the_committed_runs() -> None:
         assert (timing.RESULTS / picture).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_results_of_a_gpu_are_written_like_those_of_a_cpu() -> None:
     """What a GPU alone measures is put beside lines of the CPU, as if they were its own."""
     about = {"on": "cuda", "device": "a GPU", "python": "3", "packages": {"torch": "2"}, "seconds": 1.0, "load before": 0.0}

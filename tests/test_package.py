@@ -70,6 +70,7 @@ print(sorted(name for name in sys.modules if name.startswith("moecomm.compile"))
 """
 
 
+@pytest.mark.slow
 def test_the_functions_need_nothing_of_compile_and_importing_them_starts_nothing() -> None:
     assert run(sys.executable, "-W", "error", "-c", IMPORTS, cwd=CHECKOUT).strip() == "[] False"
 

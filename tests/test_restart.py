@@ -293,6 +293,7 @@ def read_traps(folder: Path) -> tuple[list[str], dict[str, Any]]:
     return said, good
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (description, value), good = run_ranks(read_traps, 1, tmp_path)[0]
     assert "names posix.mkdir, which is not what DCP writes there" in description

@@ -74,6 +74,7 @@ def test_a_rank_that_raises_fails_the_call_with_its_traceback() -> None:
     assert_a_new_pool_works(before)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_fails_the_call_with_its_exit_code() -> None:
     before = run_ranks(total_here, 2, 1)
     started = time.monotonic()
@@ -85,6 +86,7 @@ def test_a_rank_that_dies_fails_the_call_with_its_exit_code() -> None:
     assert_a_new_pool_works(before)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_fails_the_call_with_where_it_hangs() -> None:
     before = run_ranks(total_here, 2, 1)
     with pytest.raises(RankFailed) as failed:

@@ -156,7 +156,7 @@ def gradients_here() -> None:
             assert_same(second, (2 * slots).expand_as(x))  # small integers, which every format has
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_pass_the_rounding_as_they_are_and_are_rounded_by_a_wire_of_their_own(ranks: int) -> None:
     run_ranks(gradients_here, ranks)
 
@@ -251,7 +251,7 @@ def bytes_here(wire: str, d: int) -> tuple[list[list[int]], list[list[int]]]:
     return forward.bytes, backward.bytes
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_message_is_a_byte_a_value_and_the_scales_in_one_exchange(ranks: int) -> None:
     for wire, d, row in (
         ("float8_e4m3", 256, 256 + 4 * 2),

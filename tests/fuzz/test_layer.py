@@ -191,6 +191,7 @@ def check(case: Case, run: Callable[[Case], dict[str, Tensor]]) -> None:
     assert max(far.values()) <= 1, f"times their tolerance off: {far}"
 
 
+@pytest.mark.slow
 @fuzzed(100, 2000)
 @given(cases())
 def test_a_layer_and_its_gradients_agree_with_every_expert_computed_densely(case: Case) -> None:

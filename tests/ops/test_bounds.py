@@ -106,6 +106,7 @@ def checked_here() -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_every_kernel_of_a_layer_keeps_within_its_tensors() -> None:
     kernels = {name for file in OPS.glob("*.py") for name in re.findall(r"@jit\ndef (\w+_kernel)", file.read_text())}
     for names in run_ranks(checked_here, 2, timeout=200):

@@ -83,7 +83,7 @@ def gradients(tokens: tuple[int, ...], d: int, max_rows: int | None = None) -> N
         check_gradients_across_ranks(gradient_of(function), *inputs, seed=seed)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_first_and_second_derivatives_across_ranks(ranks: int) -> None:
     for tokens in TOKENS[ranks]:
         run_ranks(gradients, ranks, tokens, 2)
@@ -98,6 +98,7 @@ def opcheck_both(tokens: tuple[int, ...], d: int, max_rows: int | None = None) -
     opcheck(combine, (rows, plan.weights.detach().requires_grad_(), *indices(plan)), test_utils=COMPOSED)
 
 
+@pytest.mark.slow
 def test_both_pass_opcheck_on_two_ranks() -> None:
     for tokens, d, max_rows in (((4, 3), 3, None), ((0, 3), 1, None), ((2, 2), 0, None), ((0, 3), 2, 2)):
         run_ranks(opcheck_both, 2, tokens, d, max_rows)
