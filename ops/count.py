@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.ops.library import define, jit, tl
+from moecomm.ops.library import define, jit, tl, tokens_a_block
 from moecomm.ops.signature import NOT_FINITE, PAIRS, SIGNATURE, SLOTS
 
-TOKENS_A_BLOCK = 32  # of a kernel
 KEYS = "rank_keys(Tensor experts, int num_experts, int ranks, Tensor? placed=None) -> Tensor"
 SCHEMA = (
     "count(Tensor experts, int num_experts, int ranks, SymInt[] signature, Tensor? placed=None, Tensor? weights=None) -> (Tensor, Tensor)"
@@ -86,7 +85,7 @@ def _ranks(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None)
     return rank, first, lowest, highest
 
 
-@jit
+@jit(varies=("tokens",))
 def _count_kernel(
     experts, placed, keys, counts, tokens, num_experts, local, ranks, stride_t, stride_k,
     PLACED: tl.constexpr, COUNTED: tl.constexpr, SLOTS_A_TOKEN: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
@@ -101,9 +100,14 @@ def _count_kernel(
         rank = tl.load(placed + slot, mask=inside, other=-1).to(tl.int64)
     else:
         rank = tl.where((ids >= 0) & (ids < num_experts), ids // local, -1)
-    earlier = j[None, :, None] > j[None, None, :]  # [1, K, K]
-    repeated = tl.max(((rank[:, :, None] == rank[:, None, :]) & earlier).to(tl.int32), axis=2) > 0
-    first = tl.where(repeated, -1, rank)
+    first = rank
+    for i in range(SLOTS_A_TOKEN - 1):  # all at once is a tensor [BLOCK, K, K]: with K = 128 it did not compile in six minutes
+        if PLACED:
+            other = tl.load(placed + t.to(tl.int64) * SLOTS_A_TOKEN + i, mask=t < tokens, other=-1).to(tl.int64)  # [BLOCK]
+        else:
+            earlier = tl.load(experts + t.to(tl.int64) * stride_t + i * stride_k, mask=t < tokens, other=0).to(tl.int64)
+            other = tl.where((earlier >= 0) & (earlier < num_experts), earlier // local, -1)
+        first = tl.where((rank == other[:, None]) & (j > i)[None, :], -1, first)
     tl.store(keys + slot, first.to(tl.int32), mask=inside)
     if COUNTED:
         row = counts + tl.program_id(0).to(tl.int64) * (2 * ranks + 2)
@@ -114,8 +118,8 @@ def _count_kernel(
             tl.store(row + 3 + 2 * p, tl.sum(tl.sum((rank == p).to(tl.int64), axis=1), axis=0))
 
 
-@jit
-def _message_kernel(counts, message, blocks, num_experts, ranks, tail, BLOCK: tl.constexpr):
+@jit(varies=("blocks", "tokens"))
+def _message_kernel(counts, message, blocks, tokens, num_experts, ranks, signature, BLOCK: tl.constexpr):
     """The message to a rank: the sums over the blocks of tokens, and what is the same to all ranks."""
     p = tl.program_id(0)
     pairs, slots = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
@@ -127,13 +131,15 @@ def _message_kernel(counts, message, blocks, num_experts, ranks, tail, BLOCK: tl
         highest = tl.maximum(highest, tl.load(row + 1, mask=inside, other=-1))
         pairs += tl.load(row + 2 + 2 * p, mask=inside, other=0)
         slots += tl.load(row + 3 + 2 * p, mask=inside, other=0)
-    out = message + p * (4 + len(tail))
+    out = message + p * (6 + len(signature))
     tl.store(out, tl.sum(pairs, axis=0))
     tl.store(out + 1, tl.sum(slots, axis=0))
     tl.store(out + 2, tl.where(blocks == 0, -1, tl.min(lowest, axis=0)))
     tl.store(out + 3, tl.max(highest, axis=0))
-    for i in tl.static_range(len(tail)):
-        tl.store(out + 4 + i, tail[i])
+    tl.store(out + 4, tokens)
+    tl.store(out + 5, 0)
+    for i in tl.static_range(len(signature)):
+        tl.store(out + 6 + i, signature[i])
 
 
 def count_triton(
@@ -145,11 +151,11 @@ def count_triton(
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     keys, message = count_fake(experts, num_experts, ranks, signature, placed)
-    blocks = -(-experts.shape[0] // TOKENS_A_BLOCK)
+    blocks = -(-experts.shape[0] // tokens_a_block(experts.shape[1]))
     counts = torch.empty(blocks, 2 * ranks + 2, dtype=torch.int64, device=experts.device)
     _launch(experts, num_experts, ranks, placed, keys, counts)
-    tail = (experts.shape[0], 0, *signature)  # arguments of a kernel: a copy of the numbers from the host would wait for the device
-    _message_kernel[(ranks,)](counts, message, blocks, num_experts, ranks, tail, BLOCK=256)
+    signed = tuple(signature)  # arguments of a kernel: a copy of the numbers from the host would wait for the device
+    _message_kernel[(ranks,)](counts, message, blocks, experts.shape[0], num_experts, ranks, signed, BLOCK=256)
     if weights is not None:
         message[:, NOT_FINITE] = _not_finite(weights)
     return keys, message
@@ -164,10 +170,11 @@ def keys_triton(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | 
 def _launch(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None, keys: Tensor, counts: Tensor | None) -> None:
     tokens, k = experts.shape
     if tokens:
-        _count_kernel[(-(-tokens // TOKENS_A_BLOCK),)](
+        block = tokens_a_block(k)
+        _count_kernel[(-(-tokens // block),)](
             experts, keys if placed is None else placed.contiguous(), keys, keys if counts is None else counts, tokens, num_experts,
             num_experts // ranks, ranks, *experts.stride(), PLACED=placed is not None, COUNTED=counts is not None,
-            SLOTS_A_TOKEN=k, K=1 << (k - 1).bit_length(), BLOCK=TOKENS_A_BLOCK,
+            SLOTS_A_TOKEN=k, K=1 << (k - 1).bit_length(), BLOCK=block,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecomm.ops.library import define, jit, tl
+from moecomm.ops.library import define, jit, tl, tokens_a_block
 
 SCHEMA = "fit(Tensor experts, Tensor places, Tensor position, int local) -> (Tensor, Tensor)"
 
@@ -30,7 +30,7 @@ def fit_cpu(experts: Tensor, places: Tensor, position: Tensor, local: int) -> tu
     return fits, (named.sum() - sent.sum()).to(torch.int32)
 
 
-@jit
+@jit(varies=("tokens",))
 def _fit_kernel(
     experts, places, position, fits, dropped, tokens, local, SLOTS_A_TOKEN: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -40,11 +40,14 @@ def _fit_kernel(
     slot = t.to(tl.int64)[:, None] * SLOTS_A_TOKEN + j[None, :]  # [BLOCK, K]
     place = tl.load(places + slot, mask=inside, other=0).to(tl.int64)
     rank = tl.where(inside & (place >= 0), place // local, -1)
-    sent = tl.load(position + slot, mask=inside, other=-1) >= 0
-    together = rank[:, :, None] == rank[:, None, :]  # [BLOCK, K, K]
-    first = tl.max((together & sent[:, None, :]).to(tl.int32), axis=2) > 0
-    so_far = tl.sum((together & (j[None, :, None] >= j[None, None, :])).to(tl.int32), axis=2)
-    fit = first & (so_far <= local)
+    sent, so_far = tl.zeros([BLOCK, K], tl.int32), tl.zeros([BLOCK, K], tl.int32)
+    for i in range(SLOTS_A_TOKEN):  # all at once is a tensor [BLOCK, K, K], which takes minutes to compile from K = 128 on
+        other = tl.load(places + t.to(tl.int64) * SLOTS_A_TOKEN + i, mask=t < tokens, other=0).to(tl.int64)  # [BLOCK]
+        opens = tl.load(position + t.to(tl.int64) * SLOTS_A_TOKEN + i, mask=t < tokens, other=-1) >= 0
+        together = rank == tl.where(other >= 0, other // local, -1)[:, None]
+        sent += (together & opens[:, None]).to(tl.int32)
+        so_far += (together & (j >= i)[None, :]).to(tl.int32)
+    fit = (sent > 0) & (so_far <= local)
     tl.store(fits + slot, tl.where(fit, place, -1).to(tl.int32), mask=inside)
     ids = tl.load(experts + slot, mask=inside, other=0).to(tl.int64)  # there is no -1 among unsigned ids
     lost = (inside & (ids != -1) & (fit == 0)).to(tl.int32)
@@ -56,7 +59,7 @@ def fit_triton(experts: Tensor, places: Tensor, position: Tensor, local: int) ->
     fits = torch.empty((tokens, k), dtype=torch.int32, device=experts.device)
     dropped = torch.empty((), dtype=torch.int32, device=experts.device).zero_()
     if tokens:
-        block = 32
+        block = tokens_a_block(k)
         _fit_kernel[(-(-tokens // block),)](
             experts.contiguous(), places.contiguous(), position.contiguous(), fits, dropped, tokens, local,
             SLOTS_A_TOKEN=k, K=1 << (k - 1).bit_length(), BLOCK=block,

@@ -67,7 +67,7 @@ def bounded_cpu(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
     return order, position
 
 
-@jit
+@jit(varies=("size",))
 def _histogram_kernel(keys, counts, size, bins, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -78,7 +78,7 @@ def _histogram_kernel(keys, counts, size, bins, BLOCK: tl.constexpr, BINS: tl.co
         tl.store(counts + block.to(tl.int64) * bins + b, here, mask=b < bins)
 
 
-@jit
+@jit(varies=("size", "kept", "blocks"))
 def _place_kernel(
     keys, counts, order, position, offsets, size, kept, blocks, bins, most, align,
     BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,

@@ -13,12 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moecomm.ops import count, fit, place, sort
 from moecomm.ops.choose import choose_triton
 from moecomm.ops.count import count_triton, keys_triton
 from moecomm.ops.dequantize import dequantize_triton
 from moecomm.ops.fit import fit_triton
 from moecomm.ops.gather import gather_triton
-from moecomm.ops.place import place_triton
+from moecomm.ops.place import place_triton, table_cpu
 from moecomm.ops.quantize import quantize_triton
 from moecomm.ops.rank_sum import rank_sum_triton
 from moecomm.ops.slots import message_triton, unpack_triton
@@ -88,8 +89,26 @@ def call_everything() -> None:
                 dequantize_triton(message, some, k, d, dtype, wire)
 
 
+def call_with_as_many_tokens(tokens: int) -> int:
+    """How many kernels there are then, of those that are launched with other numbers of tokens as a training goes on."""
+    experts, position = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2, dtype=torch.int32)
+    placement, checksum = table_cpu(torch.tensor([[tokens % 2, 1 - tokens % 2], [2, 3]]), 4, torch.device("cpu"))
+    place_triton(experts, placement, 4, 1, "")
+    count_triton(experts, 4, 2, [2, 4, checksum])
+    sort_triton(experts, 4, tokens)
+    bounded_triton(experts, 4, 3)
+    fit_triton(experts, experts, position, 2)
+    kernels = place._place_kernel, count._count_kernel, count._message_kernel, sort._histogram_kernel, sort._place_kernel, fit._fit_kernel
+    return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
+
+
 if __name__ == "__main__":
     backend, arch, warp = sys.argv[1:]
     driver.set_active(AbsentGpu(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))))
     JITFunction.run = compile_only(JITFunction.run)
     call_everything()
+    many = torch.zeros(5, 300, dtype=torch.int64)  # slots of a token, whose square a tensor cannot hold
+    count_triton(many, 600, 2, [300, 600])
+    fit_triton(many, many, many.int(), 2)
+    compiled = [call_with_as_many_tokens(tokens) for tokens in (5, 1, 16, 300)]
+    assert len(set(compiled)) == 1, compiled

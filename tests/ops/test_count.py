@@ -49,7 +49,7 @@ def check(experts: Tensor, num_experts: int, ranks: int, device: str, placed: Te
 
 @pytest.mark.parametrize(
     ("tokens", "k", "num_experts", "ranks"),
-    [(5, 2, 8, 4), (33, 3, 6, 2), (64, 8, 16, 4), (70, 1, 4, 4), (7, 2, 1, 1), (7, 5, 3, 1), (1, 1, 1, 1), (0, 2, 4, 2)],
+    [(5, 2, 8, 4), (33, 3, 6, 2), (64, 8, 16, 4), (70, 1, 4, 4), (7, 2, 1, 1), (7, 5, 3, 1), (1, 1, 1, 1), (0, 2, 4, 2), (20, 300, 512, 4)],
 )
 def test_count_agrees_with_a_loop(tokens: int, k: int, num_experts: int, ranks: int, device: str) -> None:
     check(routing(tokens, k, num_experts, seed=tokens), num_experts, ranks, device)
