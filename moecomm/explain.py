@@ -13,7 +13,9 @@ from moecomm.dtensor import to_local
 from moecomm.errors import MoECommError, check_tensor, wrong_type, wrong_value
 from moecomm.group import resolve_group
 from moecomm.ops.slice import all_gathered, start_all_gather
+from moecomm.ops.wire import width
 from moecomm.plan import Plan
+from moecomm.tokens import check_wires
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +69,7 @@ class Explanation(NamedTuple):
         return figure
 
 
-def explain(plan: Plan, x: Any = None) -> Explanation:
+def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanation:
     """Who sends what to whom under a plan, and which expert has how many rows: to print, to plot, or to compute with.
 
     Collective: every rank of the plan's group calls it, and each gets the same. It costs an all-gather of 3 + 2 * P + L numbers a rank, and
@@ -77,11 +79,13 @@ def explain(plan: Plan, x: Any = None) -> Explanation:
         plan: as `plan` gives it.
         x: what would be dispatched, [T, ...], or a pytree of such tensors; only shapes and dtypes are looked at. With it the bytes
             are counted that `dispatch` of it sends; `combine` of rows like it sends as many the other way.
+        wire: that of `dispatch` or `combine`, whose bytes are then counted.
 
     Returns an `Explanation`, a NamedTuple of ints and lists. ``print`` shows it as tables; its ``plot()`` gives a matplotlib figure.
 
     Raises TypeError where ``plan`` is no `Plan` or a leaf of ``x`` no tensor, ValueError where one is not of the plan's T tokens, before
-    anything is sent; `MoECommError`, alike on every rank, where a token of ``x`` has not as many bytes on each. No backward.
+    anything is sent, and for ``wire`` what `dispatch` does; `MoECommError`, alike on every rank, where a token of ``x`` has not as many
+    bytes on each. No backward.
 
     >>> print(explain(plan(torch.tensor([[2, 0], [2, -1], [1, 2]]), torch.ones(3, 2), num_experts=3)))
     pairs (slots) that each rank sends
@@ -96,7 +100,7 @@ def explain(plan: Plan, x: Any = None) -> Explanation:
     """
     if not isinstance(plan, Plan):
         wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
-    group, token = resolve_group(plan.group), _bytes_a_token(x, plan.tokens)
+    group, token = resolve_group(plan.group), _bytes_a_token(x, plan.tokens, wire)
     received = plan.weights.shape[0]
     from_each = [received // group.size] * group.size if plan.splits is None else plan.splits[1].tolist()
     slots = (plan.row_position >= 0).sum(1)  # [R]: of each received pair; of padding 0
@@ -129,7 +133,7 @@ def _explanation(every: Table, static: bool, most: int) -> Explanation:
     return Explanation(tokens, pairs, slots, rows, most_rows * ranks / all_rows if all_rows else 1.0, dropped if static else None, sent)
 
 
-def _bytes_a_token(x: Any, tokens: int) -> int:
+def _bytes_a_token(x: Any, tokens: int, wire: str | None) -> int:
     """-1 where there is no x."""
     if x is None:
         return -1
@@ -139,7 +143,9 @@ def _bytes_a_token(x: Any, tokens: int) -> int:
         local = to_local(leaf)
         if local.dim() == 0 or local.shape[0] != tokens:
             wrong_value("x", f"of shape {list(local.shape)}", f"of shape [{tokens}, ...], the plan's T = {tokens}")
-        size += math.prod(local.shape[1:]) * local.dtype.itemsize
+        check_wires("x", local, wire, None)
+        elements = math.prod(local.shape[1:])
+        size += elements * local.dtype.itemsize if wire is None else width(elements, wire)
     return size
 
 

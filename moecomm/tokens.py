@@ -93,7 +93,7 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         here = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
         for leaf in tree_leaves(here):  # all of them, before the first is sent
             _check_leaf("x", leaf, plan, plan.tokens, "T")
-            _check_wires("x", leaf, wire, backward_wire)
+            check_wires("x", leaf, wire, backward_wire)
         return here
 
     here = _checked("dispatch", plan, {"x": x}, (wire, backward_wire), shards)
@@ -146,7 +146,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
         _check_leaf("x", here, plan, plan.tokens, "T")
         if wire is None:
             wrong_type("wire", "None", _listed(WIRES))
-        _check_wires("x", here, wire, backward_wire)
+        check_wires("x", here, wire, backward_wire)
         return here
 
     x = _checked("dispatch_quantized", plan, {"x": x}, (wire, backward_wire), shard)
@@ -195,7 +195,7 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
             _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
             check_floating("rows", leaf)
             check_rows("rows", leaf, plan.layout)
-            _check_wires("rows", leaf, wire, backward_wire)
+            check_wires("rows", leaf, wire, backward_wire)
 
     _checked("combine", plan, {"rows": rows, "the plan's weights": plan.weights}, (wire, backward_wire), check)
     weights = plan.weights
@@ -259,7 +259,8 @@ def _check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str
         wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}")
 
 
-def _check_wires(argument: str, value: Tensor, wire: object, backward_wire: object) -> None:
+def check_wires(argument: str, value: Tensor, wire: object, backward_wire: object) -> None:
+    """Raise unless each is None or a wire that rows of ``value`` can travel by."""
     for name, given in (("wire", wire), ("backward_wire", backward_wire)):
         if given is None:
             continue

@@ -14,6 +14,7 @@ from torch import Tensor
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
 from moecomm.explain import Explanation
+from moecomm.ops.wire import WIRES
 from tests.spawn import run_ranks
 from tests.test_static import fitting
 from tests.traffic import Traffic
@@ -113,6 +114,31 @@ def test_every_rank_is_told_what_the_experts_ids_say(ranks: int) -> None:
             assert [sum(sizes) for sizes in zip(*off, strict=True)] == [size for q, size in enumerate(want.bytes[rank]) if q != rank]
 
 
+def wired_here(case: Case) -> None:
+    """The bytes that explain says of a wire are those that dispatch sends by it, and combine back."""
+    rank = dist.get_rank()
+    experts = experts_of(case)[rank]
+    plan = mf.plan(experts, torch.ones(experts.shape), case.num_experts, max_rows=case.max_rows)
+    x = {"x": torch.ones(experts.shape[0], 2, 100), "y": torch.ones(experts.shape[0], 7, dtype=torch.bfloat16)}
+    for wire in WIRES:
+        said = mf.explain(plan, x, wire=wire).bytes
+        assert said is not None
+        with Traffic() as there:
+            rows = mf.dispatch(x, plan, wire=wire)
+        with Traffic() as back:
+            mf.combine(rows, plan, wire=wire)
+        for traffic, of_said in ((there, said[rank]), (back, [row[rank] for row in said])):
+            sent = [sum(sizes) for sizes in zip(*traffic.bytes, strict=True)]
+            assert [size for q, size in enumerate(sent) if q != rank] == [size for q, size in enumerate(of_said) if q != rank]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_bytes_of_a_wire_are_those_that_are_sent(ranks: int) -> None:
+    for case in CASES[ranks]:
+        if case.x:
+            run_ranks(wired_here, ranks, case)
+
+
 def test_no_process_group_is_needed() -> None:
     assert not dist.is_initialized()
     for case in CASES[1]:
@@ -140,6 +166,8 @@ def test_what_is_no_plan_or_not_of_its_tokens_is_refused() -> None:
         mf.explain(plan, torch.zeros(3, 4))
     with pytest.raises(TypeError, match=r"x was int; it must be a tensor \[T, ...\], or a pytree of them"):
         mf.explain(plan, 4)
+    with pytest.raises(ValueError, match="wire was 'fp8'; it must be None, 'float8_e4m3' or 'mxfp8'"):
+        mf.explain(plan, torch.zeros(2, 4), wire="fp8")
 
 
 STATIC = expected(Case((3, 2, 0, 6), 2, 8, max_rows=2, x=True))
