@@ -95,8 +95,8 @@ def plan(
             that call another one of them or another plan's, one more of them, or differ in shapes, dtypes, wires or requires_grad all get
             the same error, and so they do where one rank refuses its arguments.
         align: each expert's rows begin at a multiple of it, as grouped matmuls of low precision need it: 16 for float8, 32 for mxfp8. N
-            is L * (align - 1) more, and at most 2^31 - 256; nothing more is sent. Between the experts' rows and behind them lies padding: `dispatch` gives
-            zeros there, `combine` reads nothing, and its gradient is zero.
+            is L * (align - 1) more, and at most 2^31 - 256; nothing more is sent. Between the experts' rows and behind them lies padding:
+            `dispatch` gives zeros there, `combine` reads nothing, and its gradient is zero.
 
     DTensors go in as their local shards, each of Shard(0) over its tokens or Replicate on each mesh dim; ``like`` may also be Shard over
     other dims. `moecomm.dtensor` has the table. Those that are plain tensors are local shards already.
