@@ -31,7 +31,7 @@ def choose_cpu(scores: Tensor, k: int) -> Tensor:
     return experts
 
 
-@jit
+@jit(varies=("tokens",))
 def _choose_kernel(
     scores, experts, tokens, num_experts, stride_t, stride_e,
     K: tl.constexpr, FLOAT: tl.constexpr, INT: tl.constexpr, HIGHEST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -50,7 +50,7 @@ def _dequantize(message: Tensor, rows: Tensor, wire: str) -> None:
     rows.copy_(values[:, :d].clamp_(-most, most))  # what was rounded up past it
 
 
-@jit
+@jit(varies=("n",))
 def _dequantize_kernel(
     message, order, rows, n, d, k, count, width,
     MOST: tl.constexpr, ORDERED: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,

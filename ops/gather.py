@@ -38,7 +38,7 @@ def gather_rows_cpu(x: Tensor, order: Tensor, k: int) -> Tensor:
     return rows
 
 
-@jit
+@jit(varies=("n",))
 def _gather_kernel(x, order, rows, n, d, k, stride_m, stride_d, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

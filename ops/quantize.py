@@ -59,7 +59,7 @@ def _scales(largest: Tensor, wire: str) -> tuple[Tensor, Tensor]:
     return exponent.to(torch.uint8), ((254 - exponent) << 23).view(torch.float32)
 
 
-@jit
+@jit(varies=("s",))
 def _quantize_kernel(
     x, order, message, s, d, k, count, width, stride_t, stride_d, LARGEST: tl.constexpr, LEAST: tl.constexpr,
     ORDERED: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,

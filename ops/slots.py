@@ -79,7 +79,7 @@ def message_cpu(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, l
     return message
 
 
-@jit
+@jit(varies=("pairs",))
 def _pack_kernel(
     experts, weights, keys, order, message, pairs, local, stride_t, stride_k, stride_w,
     SLOTS_A_TOKEN: tl.constexpr, WEIGHTS: tl.constexpr, ID: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -143,7 +143,7 @@ def unpack_cpu(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple
     return ids, there
 
 
-@jit
+@jit(varies=("pairs",))
 def _unpack_kernel(
     message, ids, weights, pairs,
     SLOTS_A_TOKEN: tl.constexpr, WEIGHTS: tl.constexpr, ID: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,

@@ -43,7 +43,7 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
     return embedding_bag(bags, rows, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
 
 
-@jit
+@jit(varies=("m",))
 def _weighted_sum_kernel(
     rows, weights, position, y, m, d, stride_n, stride_d, stride_m, stride_k,
     K: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moecomm.ops import count, fit, place, sort
+from moecomm.ops import choose, count, dequantize, fit, gather, place, quantize, slots, sort, weighted_sum, weighted_sum_backward
 from moecomm.ops.choose import choose_triton
 from moecomm.ops.count import count_triton, keys_triton
 from moecomm.ops.dequantize import dequantize_triton
@@ -98,7 +98,15 @@ def call_with_as_many_tokens(tokens: int) -> int:
     sort_triton(experts, 4, tokens)
     bounded_triton(experts, 4, 3)
     fit_triton(experts, experts, position, 2)
-    kernels = place._place_kernel, count._count_kernel, count._message_kernel, sort._histogram_kernel, sort._place_kernel, fit._fit_kernel
+    order, x, rows, weights = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, 7), torch.zeros(tokens, 7), torch.zeros(tokens, 2)
+    unpack_triton(message_triton(position, weights, position, order, 4, True), 2, 4, weights.dtype)
+    choose_triton(torch.zeros(tokens, 6), 2)
+    gather_triton(x, order, position)
+    weighted_sum_triton(rows, weights, order, position)
+    backward_triton(x, rows, weights, order, position)
+    dequantize_triton(quantize_triton(x, order, 2, "mxfp8"), order, 2, 7, x.dtype, "mxfp8")
+    modules = choose, count, dequantize, fit, gather, place, quantize, slots, sort, weighted_sum, weighted_sum_backward
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
 
 
