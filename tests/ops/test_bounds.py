@@ -108,6 +108,6 @@ def checked_here() -> set[str]:
 
 @pytest.mark.slow
 def test_every_kernel_of_a_layer_keeps_within_its_tensors() -> None:
-    kernels = {name for file in OPS.glob("*.py") for name in re.findall(r"@jit\ndef (\w+_kernel)", file.read_text())}
+    kernels = {name for file in OPS.glob("*.py") for name in re.findall(r"@jit.*\ndef (\w+_kernel)", file.read_text())}
     for names in run_ranks(checked_here, 2, timeout=200):
         assert names == kernels
