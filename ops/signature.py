@@ -44,7 +44,7 @@ def signature(
     for leaf in like[1:]:  # by arithmetic: a size may be symbolic
         others = (
             (others + 2) * 1000003
-            + (math.prod(leaf.shape[1:]) * 2 + (leaf.requires_grad and torch.is_grad_enabled())) * len(DTYPES)
+            + (math.prod(leaf.shape[1:]) * 2 + int(leaf.requires_grad and torch.is_grad_enabled())) * len(DTYPES)
             + DTYPES.index(leaf.dtype)
         ) % MODULUS
     gradients = 0  # where a rank has none, it takes no part in the exchanges of the others' backward pass
