@@ -306,5 +306,5 @@ def _check_numbers(experts: Tensor, local: int, max_rows: int | None, align: int
         if guard_or_false(ranks * max_rows * k > MOST):
             wrong_value("max_rows", max_rows, f"at most {MOST // (ranks * k)}, as int32 indices number the slots of all {ranks} ranks")
         rows = ranks * max_rows * min(k, local)
-    if guard_or_false(rows + local * (align - 1) > MOST):
+    if align > 1 and guard_or_false(rows + local * (align - 1) > MOST):
         wrong_value("align", align, f"at most {(MOST - rows) // local + 1}, as int32 indices number the rows, L * (align - 1) more")
