@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,35 @@ def test_every_arrangement_of_ranks_trains_as_one_process_does(arguments: str, o
 def test_experts_are_replicated_where_fsdp_has_one_mesh_for_a_block(one_process: list[float]) -> None:
     everywhere = run_ranks(losses, 4, f"--ranks 4 --ep 2 {EAGER}", True)
     torch.testing.assert_close(everywhere[0][0], one_process, rtol=2e-6, atol=0)
+
+
+def dtypes(arguments: str, one_mesh: bool) -> set[tuple[str, torch.dtype]]:
+    """What the parts of a block give, forward, and the dtype of each."""
+    options, shape = parse([*arguments.split(), "--batch", "2"]), Shape(dim=32, hidden=16, layers=1, context=16)
+    seen = set()
+    if one_mesh:
+        parallel.ShardPlacementResult = None
+    try:
+        mesh = parallel.meshes(options)
+        model = parallel.build(shape, mesh, options)
+        for name, module in model.blocks["0"].named_modules():
+            module.register_forward_hook(lambda _, __, y, name=name: seen.add((name, (y[0] if isinstance(y, tuple) else y).dtype)))
+        inputs, _ = pipeline.own_part(data.batch(torch.arange(64).byte(), 2, 16, 0, 0), mesh, options.slice)
+        torch.set_warn_always(True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Mismatch dtype")  # a kernel that is slower for a weight of another dtype
+            model(inputs)
+    finally:
+        torch.set_warn_always(False)
+        parallel.ShardPlacementResult = PER_PARAMETER_MESH
+    return seen
+
+
+@pytest.mark.parametrize("one_mesh", [False, True])
+def test_a_block_computes_in_the_dtype_that_was_asked_for(one_mesh: bool) -> None:
+    for seen in run_ranks(dtypes, 2, "--ranks 2 --tp 2 --slice --no-compile --dtype bfloat16", one_mesh):
+        assert {"attention_norm", "attention", "moe_norm", "moe.gate", "moe.experts", ""} <= {name for name, _ in seen}
+        assert {dtype for _, dtype in seen} == {torch.bfloat16}
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed: nn.Module | None = nn.Embedding(shape.vocabulary, shape.dim)
         self.blocks = nn.ModuleDict({str(i): Block(shape, groups) for i in range(shape.layers)})
-        self.norm: nn.Module | None = nn.RMSNorm(shape.dim)
+        self.norm: nn.Module | None = Norm(shape.dim)
         self.head: nn.Module | None = nn.Linear(shape.dim, shape.vocabulary, bias=False)
         self.register_buffer("turns", rotations(shape.context, shape.dim // shape.heads), persistent=False)  # [context, head / 2, 2]
         self.loads: list[Tensor] = []  # of each forward pass: the rows of each local expert [layers, L]
@@ -68,9 +68,9 @@ class Block(nn.Module):
     def __init__(self, shape: Shape, groups: Groups) -> None:
         super().__init__()
         self.groups = groups
-        self.attention_norm = nn.RMSNorm(shape.dim)
+        self.attention_norm = Norm(shape.dim)
         self.attention = Attention(shape, groups)
-        self.moe_norm = nn.RMSNorm(shape.dim)
+        self.moe_norm = Norm(shape.dim)
         self.moe = MoE(shape, groups)
 
     def forward(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +82,13 @@ class Block(nn.Module):
         if self.groups.slice:
             y = mf.slice_gather(y, self.groups.heads, size=x.shape[0] * x.shape[1])
         return x + y.view_as(x), load
+
+
+class Norm(nn.RMSNorm):
+    """An RMSNorm in the dtype of its input, whatever its weight is kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, local(self.weight, x), self.eps)
 
 
 class Attention(nn.Module):
