@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, is_grad_enabled
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from moecomm.agree import check_same_call
 from moecomm.dtensor import check_rows, hidden_groups, placed, shard_of, to_local
@@ -88,16 +88,18 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     """
     _check_plan(plan)
 
-    def shards() -> Tree:
-        check_reverse_mode("dispatch", tree_leaves(x))
-        here = tree_map(lambda leaf: shard_of("x", leaf, plan.layout), x)
-        for leaf in tree_leaves(here):  # all of them, before the first is sent
+    leaves, spec = tree_flatten(x)
+
+    def shards() -> list[Tensor]:
+        check_reverse_mode("dispatch", leaves)
+        here = [shard_of("x", leaf, plan.layout) for leaf in leaves]
+        for leaf in here:  # all of them, before the first is sent
             _check_leaf("x", leaf, plan, plan.tokens, "T")
             check_wires("x", leaf, wire, backward_wire)
         return here
 
     here = _checked("dispatch", plan, {"x": x}, (wire, backward_wire), shards)
-    return tree_map(lambda leaf: _dispatch(leaf, plan, wire, backward_wire), here)
+    return tree_unflatten([_dispatch(leaf, plan, wire, backward_wire) for leaf in here], spec)
 
 
 @profiled
@@ -189,9 +191,11 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
     """
     _check_plan(plan)
 
+    leaves, spec = tree_flatten(rows)
+
     def check() -> None:
-        check_reverse_mode("combine", [plan.weights, *tree_leaves(rows)])
-        for leaf in tree_leaves(rows):  # all of them, before the first is sent
+        check_reverse_mode("combine", [plan.weights, *leaves])
+        for leaf in leaves:  # all of them, before the first is sent
             _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
             check_floating("rows", leaf)
             check_rows("rows", leaf, plan.layout)
@@ -201,7 +205,7 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
     weights = plan.weights
     for group in hidden_groups(plan.layout):  # the rows of a rank give only their slice's part of the weights' gradient
         weights = sum_gradient(weights, group.size, group.name)
-    return tree_map(lambda leaf: placed(_combine(leaf, weights, plan, wire, backward_wire), plan.layout), rows)
+    return tree_unflatten([placed(_combine(leaf, weights, plan, wire, backward_wire), plan.layout) for leaf in leaves], spec)
 
 
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:

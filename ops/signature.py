@@ -64,6 +64,9 @@ def traced() -> bool:
 
 def check_agreed(messages: list[list[int]], signed: Sequence[str] = SIGNED) -> None:
     """Raise, alike on every rank that has these messages of all ranks, where their signatures differ."""
+    end = SIGNATURE + len(signed)
+    if all(message[SIGNATURE:end] == messages[0][SIGNATURE:end] for message in messages):
+        return
     for column, what in enumerate(signed, SIGNATURE):
         values = [message[column] for message in messages]
         if len(set(values)) > 1:
