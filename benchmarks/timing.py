@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 WARM, INSTALLED = "warm", "as installed"
 MEMORY = {
     # the process keeps its pages, as CUDA's allocator does; as installed, a large tensor is fresh pages of the kernel at each call
-    WARM: {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)},
+    WARM: {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"},
     INSTALLED: {},
 }
 QUIET = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler says on stderr that it starts and stops
