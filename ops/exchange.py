@@ -23,10 +23,11 @@ MESSAGES = "messages_exchange(Tensor messages, str what, str group) -> Tensor"
 RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) -> Tensor"
 
 
-def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group: str, what: str = "rows") -> Tensor:
+def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group: str, what: str = "rows", private: bool = True) -> Tensor:
     """Start the exchange of the rows of ``send``: the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S.
 
-    Without ``splits`` as many rows go to each rank and come from it. ``what`` is what an error says of them.
+    Without ``splits`` as many rows go to each rank and come from it. ``what`` is what an error says of them. If it is ``private``, nobody
+    else has the memory of ``send``.
     """
     try:
         received = send.new_empty(size, *send.shape[1:])
@@ -38,7 +39,7 @@ def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group:
     out, into = (None, None) if splits is None else (splits[direction].tolist(), splits[1 - direction].tolist())  # a CPU tensor: no sync
     ranks = process_group(group)
     work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=ranks, async_op=True)
-    register(received, work, what, ranks)
+    register(received, work, what, ranks, send if private else None)
     return received
 
 
@@ -58,7 +59,7 @@ def messages_fake(messages: Tensor, what: str, group: str) -> Tensor:
 
 def send_messages(messages: Tensor, what: str, group: str) -> Tensor:
     """Row p of [P, ...] goes to rank p; not of a copy: a compiler that knows exchanges keeps what they send until the wait."""
-    return start(messages, messages.shape[0], None, 0, group, what)
+    return start(messages, messages.shape[0], None, 0, group, what, private=False)
 
 
 def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -134,6 +135,22 @@ def test_the_input_may_be_overwritten_while_the_exchange_is_in_flight() -> None:
     for rank, (dispatched, returned) in enumerate(run_ranks(overwrite_the_input, 2, pairs)):
         assert torch.equal(dispatched.view(torch.uint8), blocks([taken(here["x"], here["order"]) for here in held], pairs, rank))
         assert torch.equal(returned, blocks([here["back"] for here in held], [list(column) for column in zip(*pairs, strict=True)], rank))
+
+
+def memory_here(pairs: list[list[int]]) -> list[int]:
+    """The bytes that what was sent still holds, once it has been waited for."""
+    group, here = dist.group.WORLD.group_name, data(dist.get_rank(), pairs, 5)
+    splits, sent, received = splits_of(pairs), here["order"].shape[0], here["weights"].shape[0]
+    with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+        wait(dispatch_exchange(here["x"], here["order"], K, splits, received, group))
+        wait(combine_exchange(here["rows"], here["weights"], here["order"], here["position"], splits, sent, group))
+        wait(return_exchange(here["back"], splits, sent, group))
+        wait(messages_exchange(torch.ones(2, 3), "numbers", group))
+    return [call.args[1].untyped_storage().nbytes() for call in exchange.call_args_list]
+
+
+def test_the_memory_of_what_was_sent_is_free_once_it_was_waited_for_but_for_that_of_messages_which_are_the_callers() -> None:
+    assert run_ranks(memory_here, 2, PAIRS[2][0]) == [[0, 0, 0, 24]] * 2
 
 
 def opcheck_all(pairs: list[list[int]], d: int) -> None:
