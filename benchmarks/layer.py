@@ -39,7 +39,7 @@ RANKS, TOKENS, DIM, EXPERTS, TOP_K = 4, 1024, 1024, 64, (1, 2, 4, 8)
 ON_CPU, SMALL = Sizes(4096, 1024, 64, 8), Sizes(1024, 1024, 64, 8)  # one process; and for what is too slow for more
 ON_GPU = (Sizes(8192, 7168, 256, 8), Sizes(16384, 2048, 128, 8))
 DTYPES = (torch.float32, torch.bfloat16)
-REPEATS, TINY_REPEATS, SLOW_REPEATS = {WARM: 7, INSTALLED: 5}, 200, 3  # the targets are for warm memory
+REPEATS, TINY_REPEATS, SLOW_REPEATS = {WARM: 11, INSTALLED: 7}, 200, 3  # the targets are for warm memory
 SECONDS = 1.0  # of repeats on one process: more than the least number of them, where they are short
 FLOOR, MASKS, LOOP = "floor", "one_hot", "expert_loop"
 

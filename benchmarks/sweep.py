@@ -46,7 +46,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 BASE = Point(2048, 512, 64, 4, 2)
 BASE_ON_GPU = Point(8192, 2048, 64, 8, 1)
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-REPEATS, SECONDS = 5, 0.8  # a point, at least and about
+REPEATS, SECONDS = 5, 2.0  # a point, at least and about
 
 
 def main() -> None:

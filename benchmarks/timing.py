@@ -35,7 +35,7 @@ MEMORY = {
 }
 QUIET = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler says on stderr that it starts and stops
 PACKAGES = ("torch", "triton", "numpy", "megablocks", "scattermoe", "sonic-moe", "transformer-engine")
-MOST_REPEATS = 25
+MOST_REPEATS = 41
 FLUSHED = 2**28  # bytes that are written before each repeat on a GPU: some times its L2
 Line = dict[str, Any]
 
