@@ -19,9 +19,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moecomm.ops.signature import WIDTH
+import torch
 
-HEADER = WIDTH * 8  # bytes of moecomm's counts and signature, to each rank
+from moecomm.ops.few_slots import most_pairs
+from moecomm.ops.signature import LENGTH
+
+HEADER = LENGTH * 8  # bytes of moecomm's counts and signature, to each rank, with room for few slots
 WEIGHT, ID, COUNT = 4, 1, 8  # bytes: a weight, an id among the experts of a rank, one of the K-fold exchange's counts
 
 
@@ -81,11 +84,13 @@ def exchange(cluster: Cluster, ranks: int, bytes_to_each: float) -> float:
 
 
 def moecomm(cluster: Cluster, ranks: int, load: Load, most_nodes: int | None = None) -> float:
-    """Seconds of a layer's exchanges forward: counts, ids and weights, tokens, sums."""
+    """Seconds of a layer's exchanges forward: counts, ids and weights where they are not few, tokens, sums."""
     nodes = max(1, ranks // cluster.node)
     to_each = load.tokens * pairs(load.experts, load.k, ranks, nodes, most_nodes) / ranks
+    most = to_each + 6 * math.sqrt(to_each)  # of all ranks to all others: six standard deviations are enough for 4096^2 of them
+    slots = () if most <= most_pairs(load.k, load.experts // ranks, torch.float32) else (to_each * load.k * (ID + WEIGHT),)
     row = load.dim * load.itemsize
-    return sum(exchange(cluster, ranks, size) for size in (HEADER, to_each * load.k * (ID + WEIGHT), to_each * row, to_each * row))
+    return sum(exchange(cluster, ranks, size) for size in (HEADER, *slots, to_each * row, to_each * row))
 
 
 def k_fold(cluster: Cluster, ranks: int, load: Load) -> float:

@@ -4,7 +4,8 @@
 
 Exchanges that have the same splits, direction and group, and of which none needs another's result, become one: the experts and weights of
 `plan` go with the rows of `dispatch`, the gradients of the weights with those of the rows, and so do the tensors of a pytree. A layer's
-forward then sends 3 messages instead of 4, its backward 2 instead of 3, and every result is the same to the bit.
+forward then sends 3 messages instead of 4, its backward 2 instead of 3, and every result is the same to the bit. (Few slots come with the
+counts, and there are 3 anyway: then they travel twice.)
 
 What it costs: a message leaves when the last of what it carries is ready, so that nothing can be done with the experts' ids while rows are
 under way, and the gradients of the weights wait for those of the rows; and each end reads and writes the message once more, which is
@@ -92,7 +93,7 @@ def _merge(graph: Graph, starts: list[Node]) -> None:
 def _rows_of(graph: Graph, start: Node) -> Node:
     """What the exchange sends."""
     if start.target is slots_exchange:
-        return _call(graph, slots_message, *start.args[:5], start.args[5] is None)
+        return _call(graph, slots_message, *start.args[:5], start.args[-3] is None)
     if start.target is dispatch_exchange:
         return _call(graph, gather_pairs, *start.args[:3])
     if start.target is combine_exchange:

@@ -38,9 +38,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {plan_sizes: _plan_sizes}
 
 
-def _plan_sizes(sent: Tensor, received: Tensor) -> tuple[Any, Any, Any, Tensor]:
-    sizes, splits = read_sizes(sent, received)
+def _plan_sizes(sent: Tensor, received: Tensor) -> tuple[Any, Any, Any, Tensor, Tensor]:
+    sizes, splits, few = read_sizes(sent, received)
     pairs_sent, pairs_received, rows = (number.item() for number in sizes.unbind())
     for size in (pairs_sent, pairs_received, rows):
         torch._check(size >= 0)
-    return pairs_sent, pairs_received, rows, splits
+    return pairs_sent, pairs_received, rows, splits, few

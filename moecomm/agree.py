@@ -17,21 +17,21 @@ from torch.utils._pytree import tree_leaves
 from moecomm.errors import MoECommError
 from moecomm.group import Group, process_group
 from moecomm.ops.exchange import messages_exchange, wait
-from moecomm.ops.signature import FUNCTIONS, SIGNATURE, SIGNED, WIDTH, check_agreed, traced
+from moecomm.ops.signature import FUNCTIONS, LENGTH, SIGNATURE, SIGNED, WIDTH, check_agreed, traced
 
 Result = TypeVar("Result")
 
 
-def exchange_messages(sent: Tensor, group: Group, what: str) -> Tensor:
-    """The message of each rank for this one, [P, WIDTH]; an error says that ``what`` was waited for."""
-    return sent if group.size == 1 else wait(messages_exchange(sent, what, group.name))
+def exchange_messages(sent: Tensor, group: Group, what: str, few: Tensor | None = None) -> Tensor:
+    """The message of each rank for this one, [P, LENGTH], in a group of one [1, WIDTH]; an error says that ``what`` was waited for."""
+    return sent if group.size == 1 else wait(messages_exchange(sent, few, what, group.name))
 
 
 def checksums(function: str, passed: object, device: torch.device, group: Group) -> list[int]:
     """Of what each rank passed, by its repr: one small exchange, read by the host. Raises where a rank called another function."""
     mine = [0] * SIGNATURE + [FUNCTIONS.index(function), zlib.crc32(repr(passed).encode())]
     sent = torch.tensor([mine + [0] * (WIDTH - len(mine))], device=device).repeat(group.size, 1)  # [P, WIDTH]
-    messages = exchange_messages(sent, group, f"what the ranks passed to {function}").tolist()
+    messages = exchange_messages(sent, group, f"what the ranks passed to {function}")[:, :WIDTH].tolist()
     check_agreed(messages, SIGNED[:1])
     return [message[SIGNATURE + 1] for message in messages]
 
@@ -44,11 +44,11 @@ def tell_refusal(function: str, passed: object, group: Group) -> None:
     """
     if group.size == 1 or traced():
         return
-    mine = [0] * WIDTH
+    mine = [0] * LENGTH
     mine[SIGNATURE] = FUNCTIONS.index(function) + len(FUNCTIONS)
     for device in dict.fromkeys(leaf.device for leaf in tree_leaves(passed) if isinstance(leaf, Tensor) and not leaf.is_meta):
         try:
-            sent = torch.tensor([mine] * group.size, device=device).view(torch.uint8)  # [P, bytes of WIDTH]
+            sent = torch.tensor([mine] * group.size, device=device).view(torch.uint8)  # [P, bytes of LENGTH]
             dist.all_to_all_single(torch.empty_like(sent), sent, None, None, group=process_group(group.name), async_op=True)
             return
         except RuntimeError:  # not a device of this group's, or a group that is broken: what counts is the rank's own error

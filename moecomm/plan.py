@@ -15,6 +15,7 @@ from moecomm.errors import check_experts, check_floating, check_reverse_mode, ch
 from moecomm.group import Group, GroupLike, resolve_group
 from moecomm.log import log_plan
 from moecomm.ops.count import count, rank_keys
+from moecomm.ops.few_slots import few_slots
 from moecomm.ops.fit import fit
 from moecomm.ops.place import place, placement_table
 from moecomm.ops.signature import signature
@@ -212,13 +213,15 @@ def _routing(
 
 def _dynamic_plan(routing: _Routing) -> Plan:
     """A plan of the sizes that the routing has: they are read from the device, once."""
-    experts, weights, num_experts, places, placed, _, signed, check, _, group = routing
+    experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
     keys, sent = count(experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
-    s, r, n, splits = plan_sizes(sent, exchange_messages(sent, group, COUNTS))
+    slots = None if group.size == 1 else few_slots(places, weights, keys, local, group.size)
+    messages = exchange_messages(sent, group, COUNTS, slots)
+    s, r, n, splits, few = plan_sizes(sent, messages)
     send_order = send_position = None
     if group.size > 1:
         send_order, send_position, _ = counting_sort(keys, group.size, s)
-    return _received(routing, places, keys, send_order, send_position, splits, r, n, False)
+    return _received(routing, places, keys, send_order, send_position, messages, few, splits, r, n, False)
 
 
 def _static_plan(routing: _Routing, max_rows: int) -> Plan:
@@ -234,7 +237,7 @@ def _static_plan(routing: _Routing, max_rows: int) -> Plan:
     send_order, send_position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
     fits, dropped = fit(experts, places, send_position, local)  # [T, K]
     n = pairs * min(k, local)
-    return _received(routing, fits, keys, send_order, send_position, None, pairs, n, True)._replace(dropped=dropped)
+    return _received(routing, fits, keys, send_order, send_position, None, None, None, pairs, n, True)._replace(dropped=dropped)
 
 
 def _received(
@@ -243,6 +246,8 @@ def _received(
     keys: Tensor,
     send_order: Tensor | None,
     send_position: Tensor | None,
+    messages: Tensor | None,
+    few: Tensor | None,
     splits: Tensor | None,
     r: int,
     n: int,
@@ -253,7 +258,7 @@ def _received(
     if group.size == 1:
         send_order = send_position = splits = None
     elif send_order is not None and send_position is not None:
-        exchanged = routing.weights, places, keys, send_order, send_position, routing.local, splits, r, group.name
+        exchanged = routing.weights, places, keys, send_order, send_position, routing.local, messages, few, splits, r, group.name
         there, ids = exchange_slots(*exchanged)  # [R, K] each
     row_order, row_position, offsets = _sorted(ids, routing.local, n, routing.align, padded)
     indices = offsets, there, row_order, row_position, send_order, send_position, splits

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from moecomm.ops.exchange import start
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.library import define
-from moecomm.ops.slots import message_cpu, message_fake, message_triton
+from moecomm.ops.pack import message_cpu, message_fake, message_triton
 from moecomm.ops.starts import define_start
 
 MESSAGE = "slots_message(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, bool padded) -> Tensor"

@@ -3,7 +3,7 @@
 Costs (token, rank) pairs x D elements on the wire, each way, and one private send buffer of as many: private, because the compiler
 reuses the memory of an op's input while the exchange is still in flight. Every op here returns as soon as the exchange is started;
 `wait` gives the result. `dispatch_exchange` and `combine_exchange` are each other's mirror; `tokens.py` and `slots.py` join them to the
-backward. `messages_exchange` sends a short row to each rank: counts, and what ranks must agree on.
+backward. `messages_exchange` sends a short row to each rank: counts, what ranks must agree on, and slots where they are few.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from moecomm.group import process_group
 from moecomm.ops.gather import gather_rows_cpu, gather_rows_triton
+from moecomm.ops.signature import ROOM
 from moecomm.ops.starts import define_start, in_backward, register
 from moecomm.ops.weighted_sum import weighted_sum_cpu, weighted_sum_triton
 
 DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor? splits, SymInt received, str group) -> Tensor"
 COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor? splits, SymInt pairs, str group) -> Tensor"
-MESSAGES = "messages_exchange(Tensor messages, str what, str group) -> Tensor"
+MESSAGES = "messages_exchange(Tensor messages, Tensor? few, str what, str group) -> Tensor"
 RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) -> Tensor"
 
 
@@ -53,13 +54,14 @@ def wait(pending: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(pending)
 
 
-def messages_fake(messages: Tensor, what: str, group: str) -> Tensor:
-    return messages.new_empty(messages.shape)
+def messages_fake(messages: Tensor, few: Tensor | None, what: str, group: str) -> Tensor:
+    return messages.new_empty(messages.shape[0], messages.shape[1] + ROOM)
 
 
-def send_messages(messages: Tensor, what: str, group: str) -> Tensor:
-    """Row p of [P, ...] goes to rank p; not of a copy: a compiler that knows exchanges keeps what they send until the wait."""
-    return start(messages, messages.shape[0], None, 0, group, what, private=False)
+def send_messages(messages: Tensor, few: Tensor | None, what: str, group: str) -> Tensor:
+    """Row p of messages [P, ...], and of few [P, ROOM], goes to rank p; without few zeros do, for all messages are as long."""
+    room = messages.new_zeros(messages.shape[0], ROOM) if few is None else few
+    return start(torch.cat((messages, room), 1), messages.shape[0], None, 0, group, what)
 
 
 def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:

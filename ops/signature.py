@@ -22,6 +22,8 @@ SIGNED = (  # what the numbers of a signature mean
     "max_rows", "requires_grad", "check",
 )  # fmt: skip
 WIDTH = SIGNATURE + len(SIGNED)
+ROOM = 1024  # words that follow: of the message of a plan, its slots, where they are few (few_slots.py)
+LENGTH = WIDTH + ROOM
 DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
 GRADIENTS = ("of neither weights nor like", "of weights", "of like", "of weights and like")
 CHECKS = (False, True, "True in traced code")  # of torch.compile or make_fx: it compares no later calls, and so sends fewer messages

@@ -1,6 +1,7 @@
 """(ids, weights)[r] = what travels beside a received row: its token's K slots' local experts, -1 where one lives elsewhere, and weights.
 
-Costs K * (weight + 1, 2 or 4 bytes of id) bytes a (token, rank) pair, in one message. A pair that is padding has ids -1 and weights 0.
+Costs K * (weight + 1, 2 or 4 bytes of id) bytes a (token, rank) pair, in one message; where they are few it has come with the counts, and
+nothing is sent. A pair that is padding has ids -1 and weights 0.
 Its backward sends the gradient of the weights home, [R, K] -> [S, K], and adds up each token's pairs: `weighted_sum` without weights.
 """
 
@@ -8,192 +9,70 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moecomm.ops.exchange import start, wait
-from moecomm.ops.library import block_of, define, jit, tl
+from moecomm.ops.few_slots import take_cpu, take_triton
+from moecomm.ops.pack import message_cpu, message_triton, unpack_slots, width_of
 from moecomm.ops.pairs import home
 from moecomm.ops.slice import define_function
-from moecomm.ops.sort import MOST
 from moecomm.ops.starts import define_start
 
+# messages are what came with the counts, and few, on the CPU, whether slots are in it; both None where none were sent so.
+EARLY = "Tensor? messages, Tensor? few"
 SEND = (
-    "slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, Tensor? splits, SymInt received, str group) "
-    "-> Tensor"
+    f"slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, {EARLY}, Tensor? splits, SymInt received, "
+    "str group) -> Tensor"
 )
-WHAT = "the experts and weights of plan"
-UNPACK = "unpack_slots(Tensor message, int k, int local, ScalarType dtype) -> (Tensor, Tensor)"
 SLOTS = (
-    "exchange_slots(Tensor weights, Tensor experts, Tensor keys, Tensor order, Tensor position, int local, Tensor? splits, "
+    f"exchange_slots(Tensor weights, Tensor experts, Tensor keys, Tensor order, Tensor position, int local, {EARLY}, Tensor? splits, "
     "SymInt received, str group) -> (Tensor, Tensor)"
 )
+WHAT = "the experts and weights of plan"
 
 
-def _id_dtype(local: int) -> torch.dtype:
-    """The narrowest dtype of a local expert's id."""
-    return torch.int8 if local <= 2**7 else torch.int16 if local <= 2**15 else torch.int32
-
-
-def _width(k: int, local: int, dtype: torch.dtype) -> int:
-    return k * (dtype.itemsize + _id_dtype(local).itemsize)
-
-
-def _bytes(weights: Tensor) -> Tensor:
-    """[T, bytes of K weights]; an empty tensor is contiguous whatever its strides are, which `view` is particular about."""
-    return (
-        weights.view(torch.uint8)
-        if weights.stride() == (weights.shape[1], 1)
-        else weights.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    )
-
-
-def send_fake(
-    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor | None, received: int, group: str
-) -> Tensor:
-    return weights.new_empty(received, _width(experts.shape[1], local, weights.dtype), dtype=torch.uint8)
-
-
-def message_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, padded: bool) -> Tensor:
-    return weights.new_empty(order.shape[0], _width(experts.shape[1], local, weights.dtype), dtype=torch.uint8)
-
-
-def message_cpu(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, padded: bool) -> Tensor:
-    """What is sent of each pair."""
-    message = message_fake(experts, weights, keys, order, local, padded)
-    k, split = experts.shape[1], experts.shape[1] * weights.itemsize
-    pair, out = order.numpy(), message.numpy()
-    if experts.shape[0] == 0:
-        pair = pair[:0]  # what there is is padding
-    token = pair // k
-    first = keys.flatten().numpy()[pair] * local  # [S] the first expert of the rank it goes to
-    ids = experts.numpy().astype(np.int32).take(token, axis=0) - first[:, None]  # [S, K]; take is several times as fast as [token]
-    ids |= -((ids < 0) | (ids >= local)).astype(np.int32)  # all bits: -1
-    out[: pair.size, :split] = _bytes(weights).numpy().take(token, axis=0)
-    out[: pair.size, split:] = ids.astype(f"int{8 * _id_dtype(local).itemsize}").view(np.uint8)
-    if padded:
-        padding = order.numpy() < 0
-        out[padding, :split] = 0
-        out[padding, split:] = 255  # ids of -1
-    return message
-
-
-@jit(varies=("pairs",))
-def _pack_kernel(
-    experts, weights, keys, order, message, pairs, local, stride_t, stride_k, stride_w,
-    SLOTS_A_TOKEN: tl.constexpr, WEIGHTS: tl.constexpr, ID: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Byte by byte, since neither a row nor its ids need start where more than a byte is aligned: WEIGHTS of weights, then ID an id."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    byte = tl.arange(0, WIDTH)
-    pair = tl.load(order + row, mask=row < pairs, other=-1).to(tl.int64)
-    here = (pair >= 0)[:, None]
-    token = pair // SLOTS_A_TOKEN
-    first = tl.load(keys + pair, mask=pair >= 0, other=0).to(tl.int64) * local
-    j = (byte - WEIGHTS) // ID
-    is_id = (byte >= WEIGHTS) & (j < SLOTS_A_TOKEN)
-    ids = tl.load(experts + token[:, None] * stride_t + j[None, :] * stride_k, mask=here & is_id[None, :], other=-1).to(tl.int64)
-    ids = tl.where(here, ids - first[:, None], -1)
-    ids = tl.where((ids >= 0) & (ids < local), ids, -1) >> (8 * ((byte - WEIGHTS) % ID))[None, :]
-    factors = tl.load(weights + token[:, None] * stride_w + byte[None, :], mask=here & (byte < WEIGHTS)[None, :], other=0)
-    inside = (row < pairs)[:, None] & ((byte < WEIGHTS) | is_id)[None, :]
-    width = WEIGHTS + SLOTS_A_TOKEN * ID
-    tl.store(
-        message + row[:, None] * width + byte[None, :], tl.where(is_id[None, :], ids & 255, factors.to(tl.int64)).to(tl.uint8), mask=inside
-    )
-
-
-def message_triton(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, padded: bool) -> Tensor:
-    message = message_fake(experts, weights, keys, order, local, padded)
-    pairs, width = message.shape
-    if pairs:
-        columns = block_of(width, MOST)
-        rows = max(1, 2048 // columns)
-        factors = _bytes(weights)
-        _pack_kernel[(-(-pairs // rows),)](
-            experts, factors, keys.contiguous(), order.contiguous(), message, pairs, local, *experts.stride(), factors.stride(0),
-            SLOTS_A_TOKEN=experts.shape[1], WEIGHTS=factors.shape[1], ID=_id_dtype(local).itemsize, ROWS=rows, WIDTH=columns,
-        )  # fmt: skip
-    return message
+def send_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, *rest: Any) -> Tensor:
+    *_, received, _ = rest
+    return weights.new_empty(received, width_of(experts.shape[1], local, weights.dtype), dtype=torch.uint8)
 
 
 def send_cpu(
-    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor | None, received: int, group: str
+    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, messages: Tensor | None, few: Tensor | None, *rest: Any
 ) -> Tensor:
+    splits, received, group = rest
+    if messages is not None and few is not None and few.tolist() == [True]:
+        return take_cpu(messages, splits, width_of(experts.shape[1], local, weights.dtype))
     sent = message_cpu(experts, weights, keys, order, local, splits is None)  # equal splits have padding
     return start(sent, received, splits, 0, group, WHAT)
 
 
 def send_triton(
-    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, splits: Tensor | None, received: int, group: str
+    experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, messages: Tensor | None, few: Tensor | None, *rest: Any
 ) -> Tensor:
+    splits, received, group = rest
+    if messages is not None and few is not None and few.tolist() == [True]:  # a CPU tensor: no sync
+        return take_triton(messages, received, width_of(experts.shape[1], local, weights.dtype))
     return start(message_triton(experts, weights, keys, order, local, splits is None), received, splits, 0, group, WHAT)
 
 
-def unpack_fake(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return message.new_empty(message.shape[0], k, dtype=torch.int32), message.new_empty(message.shape[0], k, dtype=dtype)
-
-
-def unpack_cpu(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    ids, there = unpack_fake(message, k, local, dtype)
-    split = k * dtype.itemsize
-    there.view(torch.uint8).copy_(message[:, :split])
-    ids.copy_(message[:, split:].clone(memory_format=torch.contiguous_format).view(_id_dtype(local)))
-    return ids, there
-
-
-@jit(varies=("pairs",))
-def _unpack_kernel(
-    message, ids, weights, pairs,
-    SLOTS_A_TOKEN: tl.constexpr, WEIGHTS: tl.constexpr, ID: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    byte, j = tl.arange(0, WIDTH)[None, :], tl.arange(0, K)[None, :]
-    width = WEIGHTS + SLOTS_A_TOKEN * ID
-    mine = (row < pairs) & (byte < WEIGHTS)
-    tl.store(weights + row * WEIGHTS + byte, tl.load(message + row * width + byte, mask=mine, other=0), mask=mine)
-    inside = (row < pairs) & (j < SLOTS_A_TOKEN)
-    value = tl.zeros([ROWS, K], tl.int32)
-    for b in tl.static_range(ID):
-        value += tl.load(message + row * width + WEIGHTS + j * ID + b, mask=inside, other=0).to(tl.int32) << (8 * b)
-    if ID < 4:
-        value = tl.where(value >> (8 * ID - 1) > 0, value - (1 << (8 * ID)), value)  # the sign
-    tl.store(ids + row * SLOTS_A_TOKEN + j, value, mask=inside)
-
-
-def unpack_triton(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    ids, there = unpack_fake(message, k, local, dtype)
-    pairs = message.shape[0]
-    if pairs:
-        weights = k * dtype.itemsize
-        columns = block_of(weights, MOST)
-        rows = max(1, 2048 // columns)
-        _unpack_kernel[(-(-pairs // rows),)](
-            message.contiguous(), ids, there.view(torch.uint8), pairs, SLOTS_A_TOKEN=k, WEIGHTS=weights, ID=_id_dtype(local).itemsize,
-            ROWS=rows, K=1 << (k - 1).bit_length(), WIDTH=columns,
-        )  # fmt: skip
-    return ids, there
-
-
 slots_exchange = define_start(SEND, send_fake, send_cpu, send_triton)
-unpack_slots = define(UNPACK, unpack_fake, unpack_cpu, unpack_triton)
 
 
 class _ExchangeSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, experts: Tensor, keys: Tensor, order: Tensor, position: Tensor, *rest: Any) -> Any:
-        local, splits, received, group = rest
+    def forward(ctx: Any, weights: Tensor, experts: Tensor, keys: Tensor, order: Tensor, position: Tensor, local: int, *rest: Any) -> Any:
+        _, _, splits, _, group = rest
         ctx.save_for_backward(order, position, splits)
         ctx.group = group
-        message = wait(slots_exchange(experts, weights, keys, order, local, splits, received, group))
+        message = wait(slots_exchange(experts, weights, keys, order, local, *rest))
         ids, there = unpack_slots(message, experts.shape[1], local, weights.dtype)
         ctx.mark_non_differentiable(ids)
         return there, ids
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        return home(grad, *ctx.saved_tensors, grad.shape[0], ctx.group, None, None), *(None,) * 8
+        return home(grad, *ctx.saved_tensors, grad.shape[0], ctx.group, None, None), *(None,) * 10
 
 
 exchange_slots = define_function(SLOTS, _ExchangeSlots)

@@ -27,6 +27,7 @@ from torch import Tensor
 import moecomm.functional as mf
 
 RANKS, FAULTY, TIMEOUT = 3, 1, 5.0  # TIMEOUT: of the group, in seconds
+TOKENS = 1500  # of each rank: too many for their slots to travel with the counts
 START, LATE = 150.0, 20.0  # seconds that ranks get to start, and more than TIMEOUT to fail, on a loaded machine
 
 # Where a rank is lost, in the order in which a layer comes there, and what the others then wait for.
@@ -75,7 +76,7 @@ Step = Callable[[dist.ProcessGroup, At], None]  # a layer's forward and backward
 
 def step(group: dist.ProcessGroup, at: At) -> None:
     """A layer that calls ``at`` in each place, forward and backward."""
-    x, weights = torch.ones(5, 6, requires_grad=True), torch.ones(5, 2, requires_grad=True)
+    x, weights = torch.ones(TOKENS, 6, requires_grad=True), torch.ones(TOKENS, 2, requires_grad=True)
 
     def experts(rows: Tensor) -> Tensor:
         at("experts")
@@ -83,7 +84,7 @@ def step(group: dist.ProcessGroup, at: At) -> None:
         return rows * 2
 
     with told_of_exchanges(at):
-        plan = mf.plan(torch.arange(10).view(5, 2) % 3, weights, 3, group, like=x)
+        plan = mf.plan(torch.arange(2 * TOKENS).view(TOKENS, 2) % 3, weights, 3, group, like=x)
         mf.combine(experts(mf.dispatch(x, plan)), plan).sum().backward()
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
-from moecomm.ops.signature import WIDTH
+from moecomm.ops.signature import LENGTH
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 
@@ -224,7 +224,7 @@ def assert_each_raises_and_sends_nothing(wrong: dict[str, Wrong], but: list[list
         assert traffic.collectives == ["all_to_all_single", "alltoall_base_"] * len(traffic.bytes), name  # torch's function, and its op
 
 
-REFUSAL = [[8 * WIDTH] * 2]  # the message that the other rank waits for
+REFUSAL = [[8 * LENGTH] * 2]  # the message that the other rank waits for
 UNTOLD = {  # in static mode nobody waits for one, and without a group there is nobody
     "more slots than int32 indices number", "room for more slots than int32 indices number", "a group that is a number",
     "the name of no group", "padding that int32 indices cannot number in static mode",

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import moecomm.functional as mf
-from moecomm.ops.signature import WIDTH
+from moecomm.ops.signature import LENGTH
 from tests import reference
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 
 D, TOKENS, NUM_EXPERTS = 12, (7, 3, 0, 5), 8
+MANY = (9000, 3, 0, 5)  # tokens, of which one rank has too many for the slots to travel with the counts
 
 
 class Cost(NamedTuple):
@@ -25,20 +26,20 @@ class Cost(NamedTuple):
     reads: list[str]
 
 
-def routing(k: int) -> tuple[Tensor, Tensor]:
+def routing(k: int, tokens: tuple[int, ...] = TOKENS) -> tuple[Tensor, Tensor]:
     """The experts and weights of all ranks' tokens, some dropped: [T, K]."""
     seed = torch.Generator().manual_seed(k)
-    experts = torch.randint(-1, NUM_EXPERTS, (sum(TOKENS), k), generator=seed)
+    experts = torch.randint(-1, NUM_EXPERTS, (sum(tokens), k), generator=seed)
     return experts, torch.rand(experts.shape, generator=seed)
 
 
-def cost_here(k: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+def cost_here(k: int, dtype: torch.dtype, tokens: tuple[int, ...] = TOKENS) -> tuple[Cost, Cost]:
     """What this rank's layer costs forward, and backward."""
     rank = dist.get_rank()
-    own = slice(sum(TOKENS[:rank]), sum(TOKENS[: rank + 1]))
-    experts, weights = (part[own] for part in routing(k))
+    own = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+    experts, weights = (part[own] for part in routing(k, tokens))
     weights.requires_grad_()
-    x = torch.ones(TOKENS[rank], D, dtype=dtype, requires_grad=True)
+    x = torch.ones(tokens[rank], D, dtype=dtype, requires_grad=True)
     with Traffic() as forward:
         plan = mf.plan(experts, weights, NUM_EXPERTS, like=x)
         y = mf.combine(mf.dispatch(x, plan) * 2, plan)
@@ -71,10 +72,11 @@ def test_a_layer_reads_from_the_device_once_forward_and_never_backward(ranks: in
         assert backward.reads == []
 
 
+@pytest.mark.parametrize(("tokens", "exchanges"), [(TOKENS, 3), (MANY, 4)])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_layer_is_four_exchanges_forward_and_three_backward(ranks: int) -> None:
-    for forward, backward in run_ranks(cost_here, ranks, 2, torch.float32):
-        assert forward.collectives == ["all_to_all_single"] * 4  # counts, ids and weights, tokens, sums
+def test_a_layer_is_three_exchanges_forward_or_four_and_three_backward(ranks: int, tokens: tuple[int, ...], exchanges: int) -> None:
+    for forward, backward in run_ranks(cost_here, ranks, 2, torch.float32, tokens):
+        assert forward.collectives == ["all_to_all_single"] * exchanges  # counts, ids and weights where they are many, tokens, sums
         assert backward.collectives == ["all_to_all_single"] * 3  # the gradients of sums, tokens and weights
 
 
@@ -86,18 +88,19 @@ def test_a_group_of_one_sends_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 2, 8])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_token_travels_once_to_a_rank_and_one_sum_comes_back(ranks: int, k: int, dtype: torch.dtype) -> None:
-    experts, _ = routing(k)
+@pytest.mark.parametrize("tokens", [TOKENS, MANY], ids=["few", "many"])
+def test_a_token_travels_once_to_a_rank_and_one_sum_comes_back(tokens: tuple[int, ...], ranks: int, k: int, dtype: torch.dtype) -> None:
+    experts, _ = routing(k, tokens)
     local = NUM_EXPERTS // ranks
-    of_rank = experts[: sum(TOKENS[:ranks])].split(TOKENS[:ranks])
+    of_rank = experts[: sum(tokens[:ranks])].split(tokens[:ranks])
     pairs = torch.tensor([[reference.pairs(of, p * local, (p + 1) * local) for p in range(ranks)] for of in of_rank])  # [from, to]
     token, slots, weights = D * dtype.itemsize, k * (1 + 4), k * 4  # bytes: an id takes one, a float32 weight four
-    for rank, (forward, backward) in enumerate(run_ranks(cost_here, ranks, k, dtype)):
+    for rank, (forward, backward) in enumerate(run_ranks(cost_here, ranks, k, dtype, tokens)):
         out, back = pairs[rank], pairs[:, rank]
-        header = 8 * WIDTH  # int64: pairs, slots, lowest and highest id, and what ranks must agree on
+        header = 8 * LENGTH  # int64: pairs, slots, lowest and highest id, what ranks must agree on, and few slots, or zeros
         assert forward.bytes[0] == [header] * ranks
-        assert sorted(forward.bytes[1:3]) == sorted([(out * slots).tolist(), (out * token).tolist()])
-        assert forward.bytes[3] == (back * token).tolist()
+        assert sorted(forward.bytes[1:-1]) == sorted([(out * slots).tolist()] * (tokens is MANY) + [(out * token).tolist()])
+        assert forward.bytes[-1] == (back * token).tolist()
         assert backward.bytes[0] == (out * token).tolist()
         assert sorted(backward.bytes[1:]) == sorted([(back * token).tolist(), (back * weights).tolist()])
 

@@ -67,6 +67,13 @@ def test_where_bytes_are_all_the_ways_differ_by_the_pairs() -> None:
     assert k_fold(cluster, 16, load) / moecomm(cluster, 16, load) == pytest.approx(8 / pairs(64, 8, 16), rel=1e-3)
 
 
+def test_the_slots_of_few_tokens_cost_no_exchange_of_their_own() -> None:
+    slow = Link(1.0, 0.0, 1e30)  # an exchange takes a second, whatever it carries
+    for tokens, exchanges in ((100, 3), (400, 4)):  # 0.9 of them to each rank, where 204 pairs have room
+        load = Load(tokens=tokens, dim=16, experts=32, k=8)
+        assert moecomm(Cluster(8, slow, slow, ()), 4, load) == pytest.approx(exchanges)
+
+
 def test_the_prediction_of_the_cluster_grows_with_it() -> None:
     lines = predicted(HOPPER, [8, 16, 64, 4096])
     assert [line["gpus"] for line in lines] == [8, 16, 64, 4096]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moecomm.functional as mf
-from tests.faults import FAULTY, LATE, PLACES, RANKS, TIMEOUT, At, Ended, Fault, Ranks, lost_ranks, nowhere, step, told_of_exchanges
+from tests.faults import FAULTY, LATE, PLACES, RANKS, TIMEOUT, TOKENS, At, Ended, Fault, Ranks, lost_ranks, nowhere, step, told_of_exchanges
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_a_rank_whose_experts_raise_ends_and_fails_the_others(ranks: Ranks) -> N
 
 
 def compiled_step(group: dist.ProcessGroup, at: At) -> None:
-    x, weights = torch.ones(5, 6, requires_grad=True), torch.ones(5, 2, requires_grad=True)
+    x, weights = torch.ones(TOKENS, 6, requires_grad=True), torch.ones(TOKENS, 2, requires_grad=True)
     with told_of_exchanges(at):
-        compiled_layer(x, torch.arange(10).view(5, 2) % 3, weights, group.group_name).sum().backward()
+        compiled_layer(x, torch.arange(2 * TOKENS).view(TOKENS, 2) % 3, weights, group.group_name).sum().backward()
 
 
 @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)

@@ -118,8 +118,8 @@ def test_what_a_rank_launches() -> None:
     assert_expected_inline(
         of_ranks[0],
         """\
-plan, 11: count_kernel message_kernel alltoall_base_ plan_sizes histogram_kernel place_kernel pack_kernel alltoall_base_
-    unpack_kernel histogram_kernel place_kernel
+plan, 17: count_kernel message_kernel zero_ fill_ histogram_kernel place_kernel pack_kernel copy_kernel cat
+    alltoall_base_ plan_sizes histogram_kernel place_kernel copy_kernel unpack_kernel histogram_kernel place_kernel
 dispatch, 3: gather_kernel alltoall_base_ gather_kernel
 combine, 3: weighted_sum_kernel alltoall_base_ weighted_sum_kernel
 backward, 11: gather_kernel alltoall_base_ zeros_like backward_kernel weighted_sum_kernel alltoall_base_

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
-from moecomm.ops.signature import WIDTH
+from moecomm.ops.signature import LENGTH
 from tests import layers, one_process, reference
 from tests.one_process import RATE, Run, Sizes
 from tests.spawn import run_ranks
@@ -407,7 +407,7 @@ def refused_here() -> None:
             with Traffic() as traffic, pytest.raises(error) as raised:
                 call()
             assert str(raised.value) == message, name
-            assert traffic.bytes == [[8 * WIDTH] * 2] * sent
+            assert traffic.bytes == [[8 * LENGTH] * 2] * sent
             assert len(traffic.collectives) == 2 * sent  # torch's function, and its op
     with pytest.raises(ValueError, match="num_experts was 0; it must be at least 1"):
         mf.plan(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2), 0, placement=[[0], [1]])

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
-from moecomm.ops.signature import WIDTH
+from moecomm.ops.signature import LENGTH
 from tests.spawn import run_ranks
 from tests.test_agreement import CALLS, PLACEMENT, SAME, E, K, T, inputs, plan
 from tests.test_bad_input import assert_the_group_still_works
@@ -61,7 +61,7 @@ def refused_here() -> list[str]:
                 with pytest.raises(MoECommError) as raised:
                     CALLS[call]()
                 texts.append(str(raised.value))
-        assert traffic.bytes == [[8 * WIDTH] * 2]
+        assert traffic.bytes == [[8 * LENGTH] * 2]
         assert_the_group_still_works()
     return texts
 

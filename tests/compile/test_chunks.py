@@ -54,8 +54,10 @@ def test_chunks_give_what_the_whole_batch_does_and_each_exchanges_while_the_othe
         "\n".join(orders[0]),
         """\
 count
+few_slots
 messages_exchange
 count
+few_slots
 messages_exchange
 wait messages_exchange
 plan_sizes

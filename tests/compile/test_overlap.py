@@ -187,7 +187,9 @@ def test_the_generated_code_keeps_the_order_beside_a_users_own_pass() -> None:
         "\n".join(forward),
         """\
 count
+few_slots
 messages_exchange
+mm
 wait messages_exchange
 plan_sizes
 counting_sort
@@ -197,7 +199,6 @@ mm
 wait slots_exchange
 unpack_slots
 counting_sort
-mm
 wait dispatch_exchange
 gather
 _grouped_mm
@@ -255,67 +256,68 @@ def test_in_the_graph_the_shared_expert_runs_during_the_exchanges_and_weights_gr
         forward,
         """\
 getitem, getitem_1 = moecomm::count(input_1, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3, 0])
-messages_exchange = moecomm::messages_exchange(getitem_1, 'the counts of plan', GROUP)
+few_slots = moecomm::few_slots(input_1, input_2, getitem, 4, 2)
+messages_exchange = moecomm::messages_exchange(getitem_1, few_slots, 'the counts of plan', GROUP)
+mm = aten::mm(input_3, input_4)
 wait_tensor = _c10d_functional::wait_tensor(messages_exchange)
-getitem_2, getitem_3, getitem_4, getitem_5 = moecomm::plan_sizes(getitem_1, wait_tensor)
-getitem_6, getitem_7, _ = moecomm::counting_sort(getitem, 2, getitem_2)
-slots_exchange = moecomm::slots_exchange(input_1, input_2, getitem, getitem_6, 4, getitem_5, getitem_3, GROUP)
-view = aten::view(input_3, [input_4, 16])
-dispatch_exchange = moecomm::dispatch_exchange(view, getitem_6, 2, getitem_5, getitem_3, GROUP)
-mm = aten::mm(input_3, input_5)
-wait_tensor_1 = _c10d_functional::wait_tensor(slots_exchange)
-getitem_9, getitem_10 = moecomm::unpack_slots(wait_tensor_1, 2, 4, torch.float32)
-getitem_11, getitem_12, getitem_13 = moecomm::counting_sort(getitem_9, 4, getitem_4)
+getitem_2, getitem_3, getitem_4, getitem_5, getitem_6 = moecomm::plan_sizes(getitem_1, wait_tensor)
+getitem_7, getitem_8, _ = moecomm::counting_sort(getitem, 2, getitem_2)
+slots_exchange = moecomm::slots_exchange(input_1, input_2, getitem, getitem_7, 4, wait_tensor, getitem_6, getitem_5, getitem_3, GROUP)
+view = aten::view(input_3, [input_5, 16])
+dispatch_exchange = moecomm::dispatch_exchange(view, getitem_7, 2, getitem_5, getitem_3, GROUP)
 silu_1 = aten::silu(mm)
 mm_1 = aten::mm(silu_1, input_6)
+wait_tensor_1 = _c10d_functional::wait_tensor(slots_exchange)
+getitem_10, getitem_11 = moecomm::unpack_slots(wait_tensor_1, 2, 4, torch.float32)
+getitem_12, getitem_13, getitem_14 = moecomm::counting_sort(getitem_10, 4, getitem_4)
 wait_tensor_2 = _c10d_functional::wait_tensor(dispatch_exchange)
-gather = moecomm::gather(wait_tensor_2, getitem_11, getitem_12)
+gather = moecomm::gather(wait_tensor_2, getitem_12, getitem_13)
 view_1 = aten::view(gather, [getitem_4, 16])
-_grouped_mm = aten::_grouped_mm(view_1, input_7, getitem_13)
+_grouped_mm = aten::_grouped_mm(view_1, input_7, getitem_14)
 silu = aten::silu(_grouped_mm)
-_grouped_mm_1 = aten::_grouped_mm(silu, input_8, getitem_13)
+_grouped_mm_1 = aten::_grouped_mm(silu, input_8, getitem_14)
 view_2 = aten::view(_grouped_mm_1, [getitem_4, 16])
-combine_exchange = moecomm::combine_exchange(view_2, getitem_10, getitem_11, getitem_12, getitem_5, getitem_2, GROUP)
+combine_exchange = moecomm::combine_exchange(view_2, getitem_11, getitem_12, getitem_13, getitem_5, getitem_2, GROUP)
 t = aten::t(silu_1)
 t_1 = aten::t(input_6)
 t_2 = aten::t(input_3)
-t_3 = aten::t(input_5)
+t_3 = aten::t(input_4)
 transpose = aten::transpose.int(silu, -2, -1)
 transpose_1 = aten::transpose.int(input_8, -2, -1)
 transpose_2 = aten::transpose.int(view_1, -2, -1)
 transpose_3 = aten::transpose.int(input_7, -2, -1)
 wait_tensor_3 = _c10d_functional::wait_tensor(combine_exchange)
-weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, getitem_6, getitem_7)
-view_3 = aten::view(weighted_sum, [input_4, 16])
+weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, getitem_7, getitem_8)
+view_3 = aten::view(weighted_sum, [input_5, 16])
 add_73 = aten::add.Tensor(view_3, mm_1)
-return add_73, getitem_5, getitem_6, getitem_7, getitem_10, getitem_11, getitem_12, getitem_13, _grouped_mm, view_2, mm,
+return add_73, getitem_5, getitem_7, getitem_8, getitem_11, getitem_12, getitem_13, getitem_14, _grouped_mm, view_2, mm,
     t, t_1, t_2, t_3, transpose, transpose_1, transpose_2, transpose_3, input_9, getitem_2, getitem_3, getitem_4""",
     )
     expecttest.assert_expected_inline(
         backward,
         """\
 view_4 = aten::view(tangents_1, [input_1, 16])
-dispatch_exchange_1 = moecomm::dispatch_exchange(view_4, getitem_6, 2, getitem_5, getitem_3, GROUP)
+dispatch_exchange_1 = moecomm::dispatch_exchange(view_4, getitem_7, 2, getitem_5, getitem_3, GROUP)
 mm_2 = aten::mm(t, tangents_1)
 mm_3 = aten::mm(tangents_1, t_1)
 silu_backward = aten::silu_backward(mm_3, mm)
 wait_tensor_4 = _c10d_functional::wait_tensor(dispatch_exchange_1)
-getitem_14, getitem_15 = moecomm::weighted_sum_backward(wait_tensor_4, view_2, getitem_10, getitem_11, getitem_12)
-return_exchange = moecomm::return_exchange(getitem_15, getitem_5, getitem_2, GROUP)
-view_5 = aten::view(getitem_14, [getitem_4, 16])
-_grouped_mm_3 = aten::_grouped_mm(view_5, transpose_1, getitem_13)
+getitem_15, getitem_16 = moecomm::weighted_sum_backward(wait_tensor_4, view_2, getitem_11, getitem_12, getitem_13)
+return_exchange = moecomm::return_exchange(getitem_16, getitem_5, getitem_2, GROUP)
+view_5 = aten::view(getitem_15, [getitem_4, 16])
+_grouped_mm_3 = aten::_grouped_mm(view_5, transpose_1, getitem_14)
 silu_backward_1 = aten::silu_backward(_grouped_mm_3, _grouped_mm)
-_grouped_mm_5 = aten::_grouped_mm(silu_backward_1, transpose_3, getitem_13)
+_grouped_mm_5 = aten::_grouped_mm(silu_backward_1, transpose_3, getitem_14)
 view_6 = aten::view(_grouped_mm_5, [getitem_4, 16])
-combine_exchange_1 = moecomm::combine_exchange(view_6, None, getitem_11, getitem_12, getitem_5, getitem_2, GROUP)
+combine_exchange_1 = moecomm::combine_exchange(view_6, None, getitem_12, getitem_13, getitem_5, getitem_2, GROUP)
 mm_4 = aten::mm(t_2, silu_backward)
 mm_5 = aten::mm(silu_backward, t_3)
-_grouped_mm_2 = aten::_grouped_mm(transpose, view_5, getitem_13)
-_grouped_mm_4 = aten::_grouped_mm(transpose_2, silu_backward_1, getitem_13)
+_grouped_mm_2 = aten::_grouped_mm(transpose, view_5, getitem_14)
+_grouped_mm_4 = aten::_grouped_mm(transpose_2, silu_backward_1, getitem_14)
 wait_tensor_6 = _c10d_functional::wait_tensor(return_exchange)
-weighted_sum_2 = moecomm::weighted_sum(wait_tensor_6, None, getitem_6, getitem_7)
+weighted_sum_2 = moecomm::weighted_sum(wait_tensor_6, None, getitem_7, getitem_8)
 wait_tensor_5 = _c10d_functional::wait_tensor(combine_exchange_1)
-weighted_sum_1 = moecomm::weighted_sum(wait_tensor_5, None, getitem_6, getitem_7)
+weighted_sum_1 = moecomm::weighted_sum(wait_tensor_5, None, getitem_7, getitem_8)
 view_7 = aten::view(weighted_sum_1, [input_1, 16])
 add_77 = aten::add.Tensor(mm_5, view_7)
 return None, add_77, None, None, None, weighted_sum_2, _grouped_mm_4, _grouped_mm_2, mm_4, mm_2""",

@@ -13,16 +13,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moecomm.ops import choose, count, dequantize, fit, gather, place, quantize, slots, sort, weighted_sum, weighted_sum_backward
+from moecomm.ops import choose, count, dequantize, few_slots, fit, gather, pack, place, quantize, sort, weighted_sum, weighted_sum_backward
 from moecomm.ops.choose import choose_triton
 from moecomm.ops.count import count_triton, keys_triton
 from moecomm.ops.dequantize import dequantize_triton
+from moecomm.ops.few_slots import few_triton, take_triton
 from moecomm.ops.fit import fit_triton
 from moecomm.ops.gather import gather_triton
+from moecomm.ops.pack import message_triton, unpack_triton
 from moecomm.ops.place import place_triton, table_cpu
 from moecomm.ops.quantize import quantize_triton
 from moecomm.ops.rank_sum import rank_sum_triton
-from moecomm.ops.slots import message_triton, unpack_triton
+from moecomm.ops.signature import LENGTH
 from moecomm.ops.sort import bounded_triton, sort_triton
 from moecomm.ops.weighted_sum import weighted_sum_triton
 from moecomm.ops.weighted_sum_backward import backward_triton
@@ -72,6 +74,8 @@ def call_everything() -> None:
     for local in (4, 2**7 + 1, 2**15 + 1):
         message = message_triton(position, weights, position, order, local, True)
         unpack_triton(message, k, local, weights.dtype)
+        few_triton(position, weights, position, local, 2)
+    take_triton(torch.zeros(2, LENGTH, dtype=torch.int64), tokens, 10)
     for dtype in GATHERED:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
     for dtype in SUMMED:
@@ -100,12 +104,14 @@ def call_with_as_many_tokens(tokens: int) -> int:
     fit_triton(experts, experts, position, 2)
     order, x, rows, weights = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, 7), torch.zeros(tokens, 7), torch.zeros(tokens, 2)
     unpack_triton(message_triton(position, weights, position, order, 4, True), 2, 4, weights.dtype)
+    few_triton(position, weights, position, 4, 2)
+    take_triton(torch.zeros(2, LENGTH, dtype=torch.int64), tokens, 10)
     choose_triton(torch.zeros(tokens, 6), 2)
     gather_triton(x, order, position)
     weighted_sum_triton(rows, weights, order, position)
     backward_triton(x, rows, weights, order, position)
     dequantize_triton(quantize_triton(x, order, 2, "mxfp8"), order, 2, 7, x.dtype, "mxfp8")
-    modules = choose, count, dequantize, fit, gather, place, quantize, slots, sort, weighted_sum, weighted_sum_backward
+    modules = choose, count, dequantize, few_slots, fit, gather, pack, place, quantize, sort, weighted_sum, weighted_sum_backward
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
 

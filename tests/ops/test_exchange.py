@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.ops.exchange import combine_exchange, dispatch_exchange, messages_exchange, return_exchange, wait
+from moecomm.ops.signature import ROOM
 from tests.ops.cases import IN_FLIGHT, assert_within_rounding, seeded
 from tests.spawn import run_ranks
 
@@ -104,17 +105,22 @@ def test_what_arrives_is_what_was_sent_here_in_the_order_of_the_ranks(ranks: int
             assert torch.equal(got["combined"], got["again"])
 
 
-def messages_here() -> tuple[Tensor, Tensor]:
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+def messages_here() -> tuple[Tensor, list[Tensor]]:
+    ranks, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD.group_name
     messages = torch.arange(ranks * 3).view(ranks, 3) + 100 * rank  # row p goes to rank p
-    opcheck(messages_exchange, (messages, "numbers", dist.group.WORLD.group_name), test_utils=IN_FLIGHT)
-    return messages, wait(messages_exchange(messages, "numbers", dist.group.WORLD.group_name))
+    few = torch.arange(ranks * ROOM).view(ranks, ROOM) + 10**6 * rank
+    opcheck(messages_exchange, (messages, few, "numbers", group), test_utils=IN_FLIGHT)
+    opcheck(messages_exchange, (messages, None, "numbers", group), test_utils=IN_FLIGHT)
+    return torch.cat((messages, few), 1), [wait(messages_exchange(messages, with_few, "numbers", group)) for with_few in (few, None)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_has_its_message_of_every_other(ranks: int) -> None:
     sent, received = zip(*run_ranks(messages_here, ranks), strict=True)
-    assert torch.equal(torch.stack(sent).transpose(0, 1), torch.stack(received))
+    full, empty = zip(*received, strict=True)
+    assert torch.equal(torch.stack(sent).transpose(0, 1), torch.stack(full))
+    assert torch.equal(torch.stack(sent).transpose(0, 1)[..., :3], torch.stack(empty)[..., :3])
+    assert not torch.stack(empty)[..., 3:].any()
 
 
 def overwrite_the_input(pairs: list[list[int]]) -> tuple[Tensor, ...]:
@@ -145,12 +151,12 @@ def memory_here(pairs: list[list[int]]) -> list[int]:
         wait(dispatch_exchange(here["x"], here["order"], K, splits, received, group))
         wait(combine_exchange(here["rows"], here["weights"], here["order"], here["position"], splits, sent, group))
         wait(return_exchange(here["back"], splits, sent, group))
-        wait(messages_exchange(torch.ones(2, 3), "numbers", group))
+        wait(messages_exchange(torch.ones(2, 3, dtype=torch.int64), None, "numbers", group))
     return [call.args[1].untyped_storage().nbytes() for call in exchange.call_args_list]
 
 
-def test_the_memory_of_what_was_sent_is_free_once_it_was_waited_for_but_for_that_of_messages_which_are_the_callers() -> None:
-    assert run_ranks(memory_here, 2, PAIRS[2][0]) == [[0, 0, 0, 24]] * 2
+def test_the_memory_of_what_was_sent_is_free_once_it_was_waited_for() -> None:
+    assert run_ranks(memory_here, 2, PAIRS[2][0]) == [[0, 0, 0, 0]] * 2
 
 
 def opcheck_all(pairs: list[list[int]], d: int) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.nn.functional import pad
 
 from moecomm.errors import ExpertIdError, MoECommError
 from moecomm.ops.count import count
-from moecomm.ops.signature import TOKENS, signature
+from moecomm.ops.signature import ROOM, TOKENS, WIDTH, signature
 from moecomm.ops.sizes import checked, plan_sizes
 from moecomm.ops.sort import MOST
 from tests.ops.cases import routing
@@ -40,6 +41,18 @@ def test_sizes_are_the_sums_of_what_is_sent_and_received() -> None:
     assert splits.is_contiguous()
     assert splits.device.type == "cpu"
     assert plan_sizes(sent[1], received[1])[3].tolist() == [[0, 1], [2, 1]]
+
+
+def test_slots_are_few_where_every_rank_says_so() -> None:
+    sent = [message(torch.tensor([[0, 1]]), 2), message(torch.tensor([[7, 7]]), 2)]
+    for says in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        received = [pad(each, (0, ROOM)) for each in exchanged(*sent)]
+        for rank in range(2):
+            received[rank][:, WIDTH] = torch.tensor(says)
+            few = plan_sizes(sent[rank], received[rank])[4]
+            assert (few.tolist(), few.dtype, few.device.type) == ([says == (1, 1)], torch.bool, "cpu")
+            opcheck(plan_sizes, (sent[rank], received[rank]))
+    assert plan_sizes(sent[0], sent[0])[4].tolist() == [False]  # as in a group of one, which sends none
 
 
 def test_sizes_of_no_tokens() -> None:

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 LOCAL_OPS = (
     "choose",
     "count",
+    "few_slots",
     "fit",
+    "pack",
     "place",
-    "slots",
     "sort",
     "gather",
     "weighted_sum",
