@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_leaves
 
 from moecomm.agree import exchange_messages, tell_refusal, ticket
 from moecomm.dtensor import make_layout, to_local
-from moecomm.errors import check_experts, check_floating, check_reverse_mode, check_slots, check_tensor, differ, wrong_type, wrong_value
-from moecomm.group import Group, GroupLike, resolve_group
+from moecomm.errors import check_reverse_mode
+from moecomm.group import GroupLike, resolve_group
 from moecomm.log import log_plan
 from moecomm.ops.count import count, rank_keys
 from moecomm.ops.few_slots import few_slots
 from moecomm.ops.fit import fit
-from moecomm.ops.place import place, placement_table
-from moecomm.ops.signature import signature
 from moecomm.ops.sizes import checked, plan_sizes
 from moecomm.ops.slots import exchange_slots
-from moecomm.ops.sort import MOST, bounded_sort, counting_sort
-from moecomm.placement import Placement, as_tensor
+from moecomm.ops.sort import bounded_sort, counting_sort
+from moecomm.placement import Placement
 from moecomm.profile import profiled
+from moecomm.routing import Routing, make_routing
 
 COUNTS = "the counts of plan"  # what an error of their exchange says
 
@@ -104,7 +101,8 @@ def plan(
 
     Returns a `Plan`. Its ``offsets`` [L] (int32) are the ends of the local experts' rows, as `torch.nn.functional.grouped_mm` takes them.
 
-    Costs one small exchange, the one host sync of a layer, and one exchange of K weights and K narrow ids a (token, rank) pair. With
+    Costs one small exchange, of 8 KiB to each rank, the one host sync of a layer, and one exchange of K weights and K narrow ids a (token,
+    rank) pair; where these are few, and fit in the 8 KiB on every rank, they travel there, and there is one exchange alone. With
     ``placement`` also one pass over experts, and a copy of E + 1 + P * L int32 to the device, for which the host does not wait.
 
     Static mode. With ``max_rows`` all sizes follow from shapes: S = R = P * C and N = P * C * min(K, L). There is no host sync and no
@@ -160,7 +158,7 @@ def plan(
         layout = make_layout(experts, weights, leaves, ranks)
         if layout is not None:
             experts, weights, leaves = to_local(experts), to_local(weights), [to_local(leaf) for leaf in leaves]
-        routing = _routing(experts, weights, num_experts, placement, leaves, max_rows, check, align, ranks)
+        routing = make_routing(experts, weights, num_experts, placement, leaves, max_rows, check, align, ranks)
     except (NotImplementedError, TypeError, ValueError):
         if max_rows is None or check:  # the others wait for a message of this rank
             tell_refusal("plan" if max_rows is None else "plan with max_rows", (experts, weights, leaves), ranks)
@@ -172,144 +170,55 @@ def plan(
     return made if layout is None else made._replace(layout=layout)
 
 
-class _Routing(NamedTuple):
-    """What a plan is made of, once it is known to be right."""
-
-    experts: Tensor  # [T, K]
-    weights: Tensor  # [T, K]
-    num_experts: int
-    places: Tensor  # [T, K]: of the P * L places of experts; without a placement these are the experts
-    placed: Tensor | None  # [T, K]: of the ranks; None without a placement
-    local: int  # L
-    signed: list[int]  # what the ranks must agree on
-    check: bool
-    align: int
-    group: Group
-
-
-def _routing(
-    experts: Tensor,
-    weights: Tensor,
-    num_experts: int,
-    placement: Placement | None,
-    like: list[Tensor],
-    max_rows: int | None,
-    check: bool,
-    align: int,
-    group: Group,
-) -> _Routing:
-    """Raises where an argument is wrong."""
-    _check(experts, weights, num_experts, group.size if placement is None else None, like, max_rows, align)
-    local, checksum, places, placed = num_experts // group.size, -1, experts, None
-    if placement is not None:
-        where = as_tensor(placement, group.size)  # [P, L]
-        local = where.shape[1]
-        table, checksum = placement_table(where, num_experts, experts.device)
-        places, placed = place(experts, table, num_experts, group.size, group.name)  # [T, K] each: of the P * L places, and of the P ranks
-    _check_numbers(experts, local, max_rows, align, group.size)
-    signed = signature(experts, weights, num_experts, like, checksum, max_rows, check)
-    return _Routing(experts, weights, num_experts, places, placed, local, signed, check, align, group)
-
-
-def _dynamic_plan(routing: _Routing) -> Plan:
+def _dynamic_plan(routing: Routing) -> Plan:
     """A plan of the sizes that the routing has: they are read from the device, once."""
     experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
     keys, sent = count(experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
-    slots = None if group.size == 1 else few_slots(places, weights, keys, local, group.size)
-    messages = exchange_messages(sent, group, COUNTS, slots)
+    if group.size == 1:
+        _, _, n, _, _ = plan_sizes(sent, sent)
+        return _sorted(routing, places, weights, None, None, None, n, False)
+    messages = exchange_messages(sent, group, COUNTS, few_slots(places, weights, keys, local, group.size))
     s, r, n, splits, few = plan_sizes(sent, messages)
-    send_order = send_position = None
-    if group.size > 1:
-        send_order, send_position, _ = counting_sort(keys, group.size, s)
-    return _received(routing, places, keys, send_order, send_position, messages, few, splits, r, n, False)
+    order, position, _ = counting_sort(keys, group.size, s)  # [S], [T, K]
+    there, ids = exchange_slots(weights, places, keys, order, position, local, messages, few, splits, r, group.name)  # [R, K] each
+    return _sorted(routing, ids, there, order, position, splits, n, False)
 
 
-def _static_plan(routing: _Routing, max_rows: int) -> Plan:
+def _static_plan(routing: Routing, max_rows: int) -> Plan:
     """A plan of constant sizes: nothing is read from the device, what has no place is dropped, and places that are left are padding."""
     experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
-    k = experts.shape[1]
-    pairs = group.size * max_rows  # S = R
     if check:
         keys, sent = count(experts, num_experts, group.size, signed, placed, weights)
         keys = checked(exchange_messages(sent, group, COUNTS), keys)
     else:
         keys = rank_keys(experts, num_experts, group.size, placed)  # [T, K]
-    send_order, send_position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
-    fits, dropped = fit(experts, places, send_position, local)  # [T, K]
-    n = pairs * min(k, local)
-    return _received(routing, fits, keys, send_order, send_position, None, None, None, pairs, n, True)._replace(dropped=dropped)
+    pairs = group.size * max_rows  # S = R
+    order, position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
+    fits, dropped = fit(experts, places, position, local)  # [T, K]
+    n = pairs * min(experts.shape[1], local)
+    if group.size == 1:
+        return _sorted(routing, fits, weights, None, None, None, n, True)._replace(dropped=dropped)
+    there, ids = exchange_slots(weights, fits, keys, order, position, local, None, None, None, pairs, group.name)  # [R, K] each
+    return _sorted(routing, ids, there, order, position, None, n, True)._replace(dropped=dropped)
 
 
-def _received(
-    routing: _Routing,
-    places: Tensor,
-    keys: Tensor,
+def _sorted(
+    routing: Routing,
+    ids: Tensor,
+    weights: Tensor,
     send_order: Tensor | None,
     send_position: Tensor | None,
-    messages: Tensor | None,
-    few: Tensor | None,
     splits: Tensor | None,
-    r: int,
     n: int,
     padded: bool,
 ) -> Plan:
-    """The plan, once it is known what this rank sends; in a group of one it receives its own slots, and the plan has nothing of sending."""
-    there, ids, group = routing.weights, places, routing.group
-    if group.size == 1:
-        send_order = send_position = splits = None
-    elif send_order is not None and send_position is not None:
-        exchanged = routing.weights, places, keys, send_order, send_position, routing.local, messages, few, splits, r, group.name
-        there, ids = exchange_slots(*exchanged)  # [R, K] each
-    row_order, row_position, offsets = _sorted(ids, routing.local, n, routing.align, padded)
-    indices = offsets, there, row_order, row_position, send_order, send_position, splits
-    return Plan(*indices, routing.experts.shape[0], routing.num_experts, group.name)
-
-
-def _sorted(ids: Tensor, local: int, n: int, align: int, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows by local expert, n or fewer of them; each expert's end is rounded up to a multiple."""
-    if align == 1:
-        return counting_sort(ids, local, n, padded) if padded else counting_sort(ids, local, n)
-    return counting_sort(ids, local, n + local * (align - 1), True, align)
-
-
-def _check(
-    experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: list[Tensor], max_rows: int | None, align: int
-) -> None:
-    check_experts(experts)
-    check_tensor("weights", weights, "[T, K]", dims=2)
-    check_floating("weights", weights)
-    if differ(weights.shape[0], experts.shape[0]) or differ(weights.shape[1], experts.shape[1]):
-        wrong_value("weights", f"of shape {list(weights.shape)}", f"of experts' shape {list(experts.shape)}")
-    if weights.device != experts.device:
-        wrong_value("weights", f"on {weights.device}", f"on experts' device, {experts.device}")
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
-        wrong_type("num_experts", type(num_experts).__name__, "an int")
-    if num_experts < 1 or (divisor is not None and num_experts % divisor):
-        wrong_value("num_experts", num_experts, "at least 1" if divisor is None else f"a positive multiple of the group's {divisor} ranks")
-    if not 1 <= experts.shape[1] <= num_experts:
-        wrong_value("experts", f"of shape {list(experts.shape)}, K = {experts.shape[1]}", f"of 1 <= K <= num_experts = {num_experts}")
-    for leaf in like:
-        check_tensor("like", leaf, "[T, ...], or a pytree of them")
-        if leaf.dim() == 0 or differ(leaf.shape[0], experts.shape[0]):
-            wrong_value("like", f"of shape {list(leaf.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")
-    if not isinstance(align, int) or isinstance(align, bool):
-        wrong_type("align", type(align).__name__, "an int")
-    if align < 1:
-        wrong_value("align", align, "at least 1")
-    if max_rows is not None:
-        if not isinstance(max_rows, int | torch.SymInt) or isinstance(max_rows, bool):
-            wrong_type("max_rows", type(max_rows).__name__, "an int or None")
-        if guard_or_false(max_rows < 1):
-            wrong_value("max_rows", max_rows, "at least 1")
-
-
-def _check_numbers(experts: Tensor, local: int, max_rows: int | None, align: int, ranks: int) -> None:
-    """Raise unless int32 indices can number the slots and the rows, as far as this rank knows how many there are."""
-    k, rows = experts.shape[1], 0
-    if max_rows is not None:
-        check_slots(experts, MOST)
-        if guard_or_false(ranks * max_rows * k > MOST):
-            wrong_value("max_rows", max_rows, f"at most {MOST // (ranks * k)}, as int32 indices number the slots of all {ranks} ranks")
-        rows = ranks * max_rows * min(k, local)
-    if align > 1 and guard_or_false(rows + local * (align - 1) > MOST):
-        wrong_value("align", align, f"at most {(MOST - rows) // local + 1}, as int32 indices number the rows, L * (align - 1) more")
+    """The plan, of the local ids [R, K] that this rank received: n rows by local expert, or fewer and padding."""
+    local, align = routing.local, routing.align
+    if align > 1:  # each expert's end is rounded up to a multiple
+        order, position, offsets = counting_sort(ids, local, n + local * (align - 1), True, align)
+    elif padded:
+        order, position, offsets = counting_sort(ids, local, n, True)
+    else:
+        order, position, offsets = counting_sort(ids, local, n)
+    indices = offsets, weights, order, position, send_order, send_position, splits
+    return Plan(*indices, routing.experts.shape[0], routing.num_experts, routing.group.name)
