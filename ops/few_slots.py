@@ -50,7 +50,7 @@ def take_cpu(messages: Tensor, splits: Tensor, width: int) -> Tensor:
     return torch.cat([room[: count * width] for room, count in zip(rooms, splits[1].tolist(), strict=True)]).view(-1, width)
 
 
-@jit(varies=("rows",))
+@jit
 def _copy_kernel(
     rooms, rows, counts, fits, ranks, stride, stride_count, most, width,
     ENDS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
