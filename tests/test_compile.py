@@ -71,6 +71,7 @@ CALLS = [
     ((8, 5, 3, 2), "all dropped"),
     ((0, 0, 0, 0), "random"),
     *(((3 + i, 17 - i, 2 * i, 5), "random") for i in range(6)),
+    ((5, 3000, 2, 7), "random"),  # with too many slots to travel with the counts
 ]
 
 
@@ -81,14 +82,13 @@ def compiled_here(dtype: torch.dtype) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     experts = parameters(dtype)
     eps = torch.finfo(dtype).eps  # the compiler fuses the experts, and so rounds less often: as much is tolerated as in test_layer.py
-    exchanges = 0 if dist.get_world_size() == 1 else 7
     for seed, (tokens, routing) in enumerate(CALLS):
         given = tokens_here(seed, tokens[dist.get_rank()], dtype, routing)
         unbacked(*given)
         got = step(compiled, given, experts)
         with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
             again = step(compiled, given, experts)
-        assert exchange.call_count == exchanges
+        assert exchange.call_count == (0 if dist.get_world_size() == 1 else 7 if max(tokens) > 1000 else 6)
         for one, other, want in zip(got, again, step(layer, given, experts), strict=True):
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
             largest = max(1.0, want.abs().max().item()) if want.numel() else 1.0

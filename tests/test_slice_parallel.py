@@ -113,7 +113,7 @@ def sequence_here(tokens: int) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_layer_between_slices_of_a_sequence_sends_its_own_exchanges_alone(ranks: int) -> None:
     for forward, backward in run_ranks(sequence_here, ranks, 7):
-        assert sorted(forward) == sorted([A2A] * 4 + [GATHER])  # the gather is the balance loss's
+        assert sorted(forward) == sorted([A2A] * 3 + [GATHER])  # the gather is the balance loss's
         assert backward == [A2A] * 3
 
 
@@ -151,6 +151,6 @@ def layer_here(tokens: int, grad: str) -> tuple[list[str], list[str]]:
 def test_a_layer_of_slices_takes_one_gather_beside_its_own_exchanges_each_way(ranks: int, grad: str) -> None:
     for tokens in (8, 7, 1, 2):
         for forward, backward in run_ranks(layer_here, ranks, tokens, grad):
-            assert sorted(forward) == sorted([A2A] * 4 + [GATHER] * 2)  # the balance loss has one gather of its own
+            assert sorted(forward) == sorted([A2A] * 3 + [GATHER] * 2)  # the balance loss has one gather of its own
             # Back from the gather of y nothing is sent, or one reduce; back from the slice of x, one gather.
             assert sorted(backward) == sorted([A2A] * (3 + (grad == "reduce")) + [GATHER])
