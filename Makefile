@@ -24,7 +24,7 @@ test: $(READY)  ## the suite
 test-all: $(READY)  ## with every one of very many like cases, too
 	$(BIN)/python -m pytest $(ARGS)
 
-test-fast: $(READY)  ## the inner loop: under two minutes
+test-fast: $(READY)  ## the inner loop: two to four minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 build/torch-%/.ready: pyproject.toml
