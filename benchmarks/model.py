@@ -19,8 +19,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from moecomm.ops.few_slots import most_pairs
 from moecomm.ops.signature import LENGTH
 
@@ -88,7 +86,7 @@ def moecomm(cluster: Cluster, ranks: int, load: Load, most_nodes: int | None = N
     nodes = max(1, ranks // cluster.node)
     to_each = load.tokens * pairs(load.experts, load.k, ranks, nodes, most_nodes) / ranks
     most = to_each + 6 * math.sqrt(to_each)  # of all ranks to all others: six standard deviations are enough for 4096^2 of them
-    slots = () if most <= most_pairs(load.k, load.experts // ranks, torch.float32) else (to_each * load.k * (ID + WEIGHT),)
+    slots = () if most <= most_pairs(load.k * (ID + WEIGHT)) else (to_each * load.k * (ID + WEIGHT),)
     row = load.dim * load.itemsize
     return sum(exchange(cluster, ranks, size) for size in (HEADER, *slots, to_each * row, to_each * row))
 

@@ -44,11 +44,11 @@ def tell_refusal(function: str, passed: object, group: Group) -> None:
     """
     if group.size == 1 or traced():
         return
-    mine = [0] * LENGTH
-    mine[SIGNATURE] = FUNCTIONS.index(function) + len(FUNCTIONS)
     for device in dict.fromkeys(leaf.device for leaf in tree_leaves(passed) if isinstance(leaf, Tensor) and not leaf.is_meta):
         try:
-            sent = torch.tensor([mine] * group.size, device=device).view(torch.uint8)  # [P, bytes of LENGTH]
+            messages = torch.zeros(group.size, LENGTH, dtype=torch.int64, device=device)
+            messages[:, SIGNATURE] = FUNCTIONS.index(function) + len(FUNCTIONS)
+            sent = messages.view(torch.uint8)  # [P, bytes of LENGTH]
             dist.all_to_all_single(torch.empty_like(sent), sent, None, None, group=process_group(group.name), async_op=True)
             return
         except RuntimeError:  # not a device of this group's, or a group that is broken: what counts is the rank's own error

@@ -215,10 +215,7 @@ def _sorted(
     """The plan, of the local ids [R, K] that this rank received: n rows by local expert, or fewer and padding."""
     local, align = routing.local, routing.align
     if align > 1:  # each expert's end is rounded up to a multiple
-        order, position, offsets = counting_sort(ids, local, n + local * (align - 1), True, align)
-    elif padded:
-        order, position, offsets = counting_sort(ids, local, n, True)
-    else:
-        order, position, offsets = counting_sort(ids, local, n)
+        n, padded = n + local * (align - 1), True
+    order, position, offsets = counting_sort(ids, local, n, padded, align)
     indices = offsets, weights, order, position, send_order, send_position, splits
     return Plan(*indices, routing.experts.shape[0], routing.num_experts, routing.group.name)

@@ -23,9 +23,9 @@ FIRST = (WIDTH + 1) * WORD  # the byte of a whole message where the slots begin
 RANKS, BLOCK = 256, 1024  # counts that a program of the kernel adds up at a time, and bytes that it copies
 
 
-def most_pairs(k: int, local: int, dtype: torch.dtype) -> int:
-    """How many pairs fit in the message to a rank."""
-    return (ROOM - 1) * WORD // width_of(k, local, dtype)
+def most_pairs(width: int) -> int:
+    """How many pairs of as many bytes fit in the message to a rank."""
+    return (ROOM - 1) * WORD // width
 
 
 def few_fake(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
@@ -35,7 +35,7 @@ def few_fake(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: 
 def few_cpu(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
     few = few_fake(experts, weights, keys, local, ranks).zero_()
     counts = np.bincount(keys.numpy().ravel() + 1, minlength=ranks + 1)[1:]
-    if counts.max() <= most_pairs(experts.shape[1], local, weights.dtype):
+    if counts.max() <= most_pairs(width_of(experts.shape[1], local, weights.dtype)):
         order, _, _ = sort_cpu(keys, ranks, int(counts.sum()))
         pairs = message_cpu(experts, weights, keys, order, local, False)  # [S, bytes]
         for row, part in zip(few.view(torch.uint8)[:, WORD:], pairs.split(counts.tolist()), strict=True):
@@ -79,7 +79,7 @@ def _copy_kernel(
 def few_triton(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
     few = few_fake(experts, weights, keys, local, ranks).zero_()
     tokens, k = experts.shape
-    most = most_pairs(k, local, weights.dtype)
+    most = most_pairs(width_of(k, local, weights.dtype))
     if tokens * min(k, ranks) > ranks * most:  # they would not fit where all ranks get as many: the device alone knows, and need not try
         return few
     order, _, ends = sort_triton(keys, ranks, tokens * k, padded=True)
@@ -90,7 +90,7 @@ def few_triton(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks
 
 def take_triton(messages: Tensor, received: int, width: int) -> Tensor:
     pairs = torch.empty(received, width, dtype=torch.uint8, device=messages.device)
-    _launch(messages.view(torch.uint8)[:, FIRST:], pairs, messages[:, PAIRS], messages, (ROOM - 1) * WORD // width, False)
+    _launch(messages.view(torch.uint8)[:, FIRST:], pairs, messages[:, PAIRS], messages, most_pairs(width), False)
     return pairs
 
 

@@ -26,10 +26,10 @@ def sizes_fake(sent: Tensor, received: Tensor) -> tuple[torch.SymInt, torch.SymI
 
 
 def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor, Tensor]:
-    both = torch.cat((sent, received[:, : WIDTH + 1]), 1).tolist()  # [P, 6 + signature, and as much and FEW]: the host sync of a layer
-    out, messages = [row[: sent.shape[1]] for row in both], [row[sent.shape[1] :] for row in both]
+    both = torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1).tolist()  # [P, 1 + message]: the host sync of a layer
+    out, messages = [row[0] for row in both], [row[1:] for row in both]
     check_routing(messages, MOST)
-    pairs = [[message[PAIRS] for message in each] for each in (out, messages)]
+    pairs = [out, [message[PAIRS] for message in messages]]
     few = all(message[WIDTH:] == [1] for message in messages)  # a group of one sends none
     return sum(pairs[0]), sum(pairs[1]), sum(message[SLOTS] for message in messages), torch.tensor(pairs), torch.tensor([few])
 

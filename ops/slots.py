@@ -37,12 +37,18 @@ def send_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, loc
     return weights.new_empty(received, width_of(experts.shape[1], local, weights.dtype), dtype=torch.uint8)
 
 
+def _early(messages: Tensor | None, few: Tensor | None) -> Tensor | None:
+    """The messages, where the slots came in them; ``few`` is on the CPU: no sync."""
+    return messages if few is not None and few.tolist() == [True] else None
+
+
 def send_cpu(
     experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, messages: Tensor | None, few: Tensor | None, *rest: Any
 ) -> Tensor:
     splits, received, group = rest
-    if messages is not None and few is not None and few.tolist() == [True]:
-        return take_cpu(messages, splits, width_of(experts.shape[1], local, weights.dtype))
+    early = _early(messages, few)
+    if early is not None:
+        return take_cpu(early, splits, width_of(experts.shape[1], local, weights.dtype))
     sent = message_cpu(experts, weights, keys, order, local, splits is None)  # equal splits have padding
     return start(sent, received, splits, 0, group, WHAT)
 
@@ -51,8 +57,9 @@ def send_triton(
     experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, messages: Tensor | None, few: Tensor | None, *rest: Any
 ) -> Tensor:
     splits, received, group = rest
-    if messages is not None and few is not None and few.tolist() == [True]:  # a CPU tensor: no sync
-        return take_triton(messages, received, width_of(experts.shape[1], local, weights.dtype))
+    early = _early(messages, few)
+    if early is not None:
+        return take_triton(early, received, width_of(experts.shape[1], local, weights.dtype))
     return start(message_triton(experts, weights, keys, order, local, splits is None), received, splits, 0, group, WHAT)
 
 

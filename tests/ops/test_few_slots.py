@@ -55,7 +55,7 @@ def test_each_rank_is_sent_the_slots_of_its_pairs(tokens: int, k: int, local: in
 
 def test_as_many_pairs_fit_as_the_room_holds_and_not_one_more(device: str) -> None:
     k, local, dtype = 2, 3, torch.float32
-    most = most_pairs(k, local, dtype)
+    most = most_pairs(k * (4 + 1))
     assert most == (8 * ROOM - 8) // (2 * (4 + 1))
     for pairs, fits in ((most, 1), (most + 1, 0)):
         experts = torch.tensor([[local, 2 * local - 1]] * pairs + [[0, -1]])  # for rank 1, but for a token for rank 0
@@ -72,7 +72,7 @@ def test_as_many_pairs_fit_as_the_room_holds_and_not_one_more(device: str) -> No
 
 
 def test_where_they_cannot_fit_nothing_is_sent_but_zeros(device: str) -> None:
-    tokens, k, local = RANKS * most_pairs(2, 3, torch.float64) + 1, 2, 3
+    tokens, k, local = RANKS * most_pairs(2 * (8 + 1)) + 1, 2, 3
     experts, weights, keys = chosen(tokens, k, local, torch.float64)
     for few in (
         few_cpu(experts, weights, keys, local, RANKS),
