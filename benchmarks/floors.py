@@ -19,9 +19,9 @@ import moecomm.functional as mf
 from benchmarks.captured import captured
 from benchmarks.inputs import routed
 from benchmarks.timing import Line, command, compared, interleaved, said
-from moecomm.ops.gather import gather
-from moecomm.ops.weighted_sum import weighted_sum
-from moecomm.ops.weighted_sum_backward import weighted_sum_backward
+from moecomm.ops.rows.gather import gather
+from moecomm.ops.rows.weighted_sum import weighted_sum
+from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
 
 
 class Sizes(NamedTuple):

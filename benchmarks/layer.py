@@ -23,7 +23,7 @@ from benchmarks.gpu_peers import ways
 from benchmarks.inputs import routed, same, step
 from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
 from benchmarks.timing import INSTALLED, WARM, Line, command, compared, exact, gathered, interleaved, peak, said
-from moecomm.ops.weighted_sum import weighted_sum
+from moecomm.ops.rows.weighted_sum import weighted_sum
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 

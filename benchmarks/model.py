@@ -19,8 +19,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moecomm.ops.few_slots import most_pairs
-from moecomm.ops.signature import LENGTH
+from moecomm.ops.base.signature import LENGTH
+from moecomm.ops.routing.slots_with_counts import most_pairs
 
 HEADER = LENGTH * 8  # bytes of moecomm's counts and signature, to each rank, with room for few slots
 WEIGHT, ID, COUNT = 4, 1, 8  # bytes: a weight, an id among the experts of a rank, one of the K-fold exchange's counts

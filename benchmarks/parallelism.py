@@ -16,22 +16,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests import (
-    one_process,
-    stages,
-    test_checkpoint,
-    test_expert_parallel,
-    test_fsdp,
-    test_hybrid,
-    test_pipeline,
-    test_placement,
-    test_slice_parallel,
-    test_tensor_parallel,
-)
+from tests import one_process, stages
+from tests.layer import test_placement
 from tests.one_process import Run, Sizes
+from tests.parallel import test_expert_parallel, test_fsdp, test_hybrid, test_pipeline, test_slice_parallel, test_tensor_parallel
 from tests.spawn import run_ranks
 from tests.stages import Split
-from tests.test_checkpoint import Arrangement
+from tests.training import test_checkpoint
+from tests.training.test_checkpoint import Arrangement
 
 FILE = Path(__file__).parent.parent / "docs" / "parallelism.md"
 SPLITS = {
@@ -162,8 +154,8 @@ compared with one process that computes every expert densely and does not import
 loss, in any step's gradient norm before clipping, and in any weight after the last step, on any rank. What is left in float64 is the order
 of sums.
 
-The tables are written by `python -m benchmarks.parallelism`, with the functions that the tests train with; `tests/test_hybrid.py` holds
-every split of 8 ranks to the same, eager and compiled.
+The tables are written by `python -m benchmarks.parallelism`, with the functions that the tests train with; `tests/parallel/test_hybrid.py`
+holds every split of 8 ranks to the same, eager and compiled.
 
 ## Each way, on 4 ranks
 

@@ -9,8 +9,8 @@ counts, and there are 3 anyway: then they travel twice.)
 
 What it costs: a message leaves when the last of what it carries is ready, so that nothing can be done with the experts' ids while rows are
 under way, and the gradients of the weights wait for those of the rows; and each end reads and writes the message once more, which is
-`ops/bucket.py`. It is worth that where a message's latency counts: few tokens, small rows, many ranks. Where rows are large, and something
-else can run during their exchange, leave it out.
+`ops/exchange/merged.py`. It is worth that where a message's latency counts: few tokens, small rows, many ranks. Where rows are large, and
+something else can run during their exchange, leave it out.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from torch.fx import Graph, Node
 
 from moecomm.compile.overlap import is_wait, needs_of
-from moecomm.ops.bucket import gather_pairs, rows_exchange, slots_message, take_rows, words
-from moecomm.ops.exchange import combine_exchange, dispatch_exchange, return_exchange
-from moecomm.ops.quantize import quantize
-from moecomm.ops.slots import slots_exchange
-from moecomm.ops.weighted_sum import weighted_sum
-from moecomm.ops.wire_exchange import wire_exchange
+from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange, return_exchange
+from moecomm.ops.exchange.all_to_all_wire import wire_exchange
+from moecomm.ops.exchange.merged import gather_pairs, rows_exchange, slots_message, take_rows, words
+from moecomm.ops.exchange.slots import slots_exchange
+from moecomm.ops.rows.quantize import quantize
+from moecomm.ops.rows.weighted_sum import weighted_sum
 
 DIRECTIONS = {slots_exchange: 0, dispatch_exchange: 0, combine_exchange: 1, return_exchange: 1}
 

@@ -1,8 +1,8 @@
 """DTensor sharding rules of the local ops: rows in slices of the hidden dim stay so, forward and backward, and nothing is sent.
 
 Importing this module registers the rules with DTensor. `dispatch` and `combine` need none, since they take local shards: these are for
-those who call ``moecomm.ops.gather``, ``weighted_sum`` or ``weighted_sum_backward`` with DTensors. On each dim of the mesh, with the index
-maps Replicate, as the weights are:
+those who call ``moecomm.ops.rows.gather``, ``weighted_sum`` or ``weighted_sum_backward`` with DTensors. On each dim of the mesh, with the
+index maps Replicate, as the weights are:
 
 =========================  =============================================================
 op                         rows in -> out
@@ -25,9 +25,9 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from moecomm.errors import wrong_value
-from moecomm.ops.gather import gather
-from moecomm.ops.weighted_sum import weighted_sum
-from moecomm.ops.weighted_sum_backward import weighted_sum_backward
+from moecomm.ops.rows.gather import gather
+from moecomm.ops.rows.weighted_sum import weighted_sum
+from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
 
 Rules = list[tuple[list[Placement], list[Placement | None]]]  # of outputs and of inputs, on one mesh dim
 WHOLE, SLICE, PART = Replicate(), Shard(1), Partial()

@@ -20,17 +20,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from moecomm import group
-from moecomm.ops import gather
-from moecomm.ops.read_sizes import read_sizes
-from moecomm.ops.sizes import plan_sizes
-from moecomm.ops.starts import STARTS
+import moecomm
+import moecomm.ops
+from moecomm.ops.exchange.start_op import STARTS
+from moecomm.ops.routing.plan_sizes import plan_sizes
+from moecomm.ops.routing.read_sizes import read_sizes
 
 # What waits for the device: ops whose result the host must know, or whose shape it must.
 READ_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "bincount"}
 READ_CALLS = {"cpu", "numpy", "tolist"}  # calls that are no op where the tensor is on the CPU already
 PYTHON, *LIBRARIES = (
-    os.path.dirname(str(file)) + os.sep for file in (os.__file__, torch.__file__, group.__file__, gather.__file__, __file__)
+    os.path.dirname(str(file)) + os.sep for file in (os.__file__, torch.__file__, moecomm.__file__, moecomm.ops.__file__, __file__)
 )
 
 

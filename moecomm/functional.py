@@ -3,18 +3,18 @@
 A token walks one way: `route` -> `plan` -> `dispatch` -> (your experts) -> `combine`; the backward pass walks it in reverse.
 """
 
-from moecomm.capacity import limit_by_capacity
-from moecomm.clip import clip_grad_norm_
-from moecomm.explain import explain
-from moecomm.losses import attach_loss, load_balance_loss, update_bias, z_loss
-from moecomm.plan import Plan, plan
-from moecomm.replicas import sync_replica_grads_, sync_replicas_
-from moecomm.route import route
-from moecomm.slices import slice_gather, slice_reduce, slice_scatter
-from moecomm.sums import sum_gradient, sum_ranks
-from moecomm.sync import sync_params, sync_params_
-from moecomm.sync_grads import sync_grads_
-from moecomm.tokens import Quantized, combine, dispatch, dispatch_quantized
+from moecomm.inspect.explain import explain
+from moecomm.layer.capacity import limit_by_capacity
+from moecomm.layer.losses import attach_loss, load_balance_loss, update_bias, z_loss
+from moecomm.layer.plan import Plan, plan
+from moecomm.layer.route import route
+from moecomm.layer.tokens import Quantized, combine, dispatch, dispatch_quantized
+from moecomm.parallel.slices import slice_gather, slice_reduce, slice_scatter
+from moecomm.parallel.sums import sum_gradient, sum_ranks
+from moecomm.training.clip_grad_norm import clip_grad_norm_
+from moecomm.training.replicas import sync_replica_grads_, sync_replicas_
+from moecomm.training.sync_grads import sync_grads_
+from moecomm.training.sync_params import sync_params, sync_params_
 
 __all__ = [
     "Plan",

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, mse_loss, silu
 
 import moecomm.functional as mf
-from moecomm.group import GroupLike
-from moecomm.placement import Placement
+from moecomm.layer.placement import Placement
+from moecomm.parallel.group import GroupLike
 from tests import one_process
 from tests.one_process import BALANCE, Sizes
 

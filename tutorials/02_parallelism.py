@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import moecomm.functional as mf
-from moecomm.group import GroupLike
 from moecomm.mesh import MoEMesh, moe_mesh
+from moecomm.parallel.group import GroupLike
 
 T, D, H, E, K, RANKS = 24, 8, 16, 8, 2, 4
 ALONE = ""  # the group of this process alone: a plan over it sends nothing

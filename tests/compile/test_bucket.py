@@ -16,10 +16,10 @@ import moecomm.functional as mf
 from moecomm.compile.bucket import merge_exchanges
 from moecomm.compile.overlap import overlap_exchanges, reorder
 from moecomm.compile.passes import options
-from moecomm.ops import bucket
+from moecomm.ops.exchange import merged as bucket
 from tests.compile.graphs import keeping, text_of, unbacked
+from tests.compile.test_layer import NUM_EXPERTS, layer, parameters, step, tokens_here
 from tests.spawn import run_ranks
-from tests.test_compile import NUM_EXPERTS, layer, parameters, step, tokens_here
 
 OPS, TORCH = torch.ops.moecomm, torch.ops._c10d_functional
 

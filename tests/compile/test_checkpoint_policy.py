@@ -13,9 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
 
 from moecomm.compile.checkpoint import save_received
-from tests import layers, one_process, test_fsdp
+from tests import layers, one_process
 from tests.compile.graphs import exchanges, keeping
 from tests.one_process import Run, Sizes
+from tests.parallel import test_fsdp
 from tests.spawn import run_ranks
 from tests.traffic import Traffic
 

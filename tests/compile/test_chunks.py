@@ -13,9 +13,9 @@ from moecomm.compile.chunks import in_two_chunks
 from moecomm.compile.overlap import overlap_exchanges
 from moecomm.compile.passes import options
 from tests.compile.graphs import unbacked
+from tests.compile.test_layer import layer, parameters, step, tokens_here
 from tests.compile.test_overlap import order_of_code
 from tests.spawn import run_ranks
-from tests.test_compile import layer, parameters, step, tokens_here
 
 
 def chunked(x: Tensor, experts: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:

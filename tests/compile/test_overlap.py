@@ -17,8 +17,8 @@ from torch.nn.functional import silu
 from moecomm.compile.overlap import overlap_exchanges, reorder
 from moecomm.compile.passes import options
 from tests.compile.graphs import keeping, text_of, unbacked
+from tests.compile.test_layer import D, H, layer, parameters, step, tokens_here
 from tests.spawn import run_ranks
-from tests.test_compile import D, H, layer, parameters, step, tokens_here
 
 T, S = 64, 96
 OPS, TORCH = torch.ops.moecomm, torch.ops._c10d_functional

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.debug import CommDebugMode
 
 import moecomm.compile.sharding  # noqa: F401 - registers the rules
-from moecomm.ops.gather import gather
-from moecomm.ops.weighted_sum import weighted_sum
+from moecomm.ops.rows.gather import gather
+from moecomm.ops.rows.weighted_sum import weighted_sum
 from tests.spawn import run_ranks
 
 ORDER = torch.tensor([1, 0, 2, -1], dtype=torch.int32)  # [N], with one row of padding

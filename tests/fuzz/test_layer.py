@@ -17,16 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import moecomm.functional as mf
 from tests import reference
 from tests.fuzz.cases import INTEGERS, fuzzed, layout, layouts, placements, routings
+from tests.layer.test_layer import loop
 from tests.ops.bounds import by_kernels
-from tests.ops.test_fit import expected as fits_by_loop
-from tests.ops.test_place import expected as places_by_loop
+from tests.ops.routing.test_drop_overflow import expected as fits_by_loop
+from tests.ops.routing.test_place_slots import expected as places_by_loop
 from tests.spawn import run_ranks
-from tests.test_layer import loop
 
 H = 4
 NAN = float("nan")
-# What an error may be, in units of eps(dtype) times the tensor's largest magnitude, or times 1, as in tests/test_layer.py: the largest
-# of 2,000 cases was 3.7 (float64), 3.3 (float32), 2.3 (bfloat16) and 1.5 (float16).
+# What an error may be, in units of eps(dtype) times the tensor's largest magnitude, or times 1, as in tests/layer/test_layer.py: the
+# largest of 2,000 cases was 3.7 (float64), 3.3 (float32), 2.3 (bfloat16) and 1.5 (float16).
 UNITS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 

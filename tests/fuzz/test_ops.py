@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from moecomm.ops.choose import choose
-from moecomm.ops.count import count
-from moecomm.ops.fit import fit
-from moecomm.ops.gather import gather
-from moecomm.ops.place import place, placement_table
-from moecomm.ops.rank_sum import rank_sum
-from moecomm.ops.sort import bounded_sort, counting_sort
-from moecomm.ops.weighted_sum import weighted_sum
-from moecomm.ops.weighted_sum_backward import weighted_sum_backward
+from moecomm.ops.routing.choose_experts import choose
+from moecomm.ops.routing.count_pairs import count
+from moecomm.ops.routing.counting_sort import bounded_sort, counting_sort
+from moecomm.ops.routing.drop_overflow import fit
+from moecomm.ops.routing.place_slots import place, placement_table
+from moecomm.ops.rows.gather import gather
+from moecomm.ops.rows.rank_sum import rank_sum
+from moecomm.ops.rows.weighted_sum import weighted_sum
+from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
 from tests.fuzz.cases import INTEGERS, fuzzed, layout, layouts, placements, routings
-from tests.ops import test_choose, test_count, test_fit, test_gather, test_place, test_weighted_sum
 from tests.ops.bounds import Kernels, by_kernels
 from tests.ops.cases import assert_within_rounding, bounded_slots, inverse, seeded, sorted_slots
-from tests.ops.test_weighted_sum import FLOAT32_SUM, SPLIT_WEIGHT
+from tests.ops.routing import test_choose_experts, test_count_pairs, test_drop_overflow, test_place_slots
+from tests.ops.rows import test_gather, test_weighted_sum
+from tests.ops.rows.test_weighted_sum import FLOAT32_SUM, SPLIT_WEIGHT
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -68,7 +69,10 @@ def counted(draw: st.DrawFn) -> tuple[Tensor, int, int, Tensor | None]:
 
 def check_count(case: tuple[Tensor, int, int, Tensor | None]) -> None:
     experts, num_experts, ranks, placed = case
-    assert_alike(count(experts, num_experts, ranks, test_count.SIGNATURE, placed), test_count.expected(experts, num_experts, ranks, placed))
+    assert_alike(
+        count(experts, num_experts, ranks, test_count_pairs.SIGNATURE, placed),
+        test_count_pairs.expected(experts, num_experts, ranks, placed),
+    )
 
 
 @st.composite
@@ -121,7 +125,7 @@ def check_fit(case: tuple[Tensor, Tensor, int, int, int]) -> None:
     wide = places.to(torch.int64)
     keys, _ = count(experts, ranks * local, ranks, [], torch.where(wide < 0, -1, wide // local).to(torch.int32))
     _, position = bounded_sort(keys, ranks, most)
-    assert_alike(fit(experts, places, position, local), test_fit.expected(experts, places, ranks, local, most))
+    assert_alike(fit(experts, places, position, local), test_drop_overflow.expected(experts, places, ranks, local, most))
 
 
 @st.composite
@@ -138,7 +142,7 @@ def placed_on(draw: st.DrawFn) -> tuple[Tensor, list[list[int]], int]:
 def check_place(case: tuple[Tensor, list[list[int]], int]) -> None:
     experts, placement, num_experts = case
     table, _ = placement_table(torch.tensor(placement), num_experts, CPU)
-    assert_alike(place(experts, table, num_experts, 1, ""), test_place.expected(experts, placement, 0))
+    assert_alike(place(experts, table, num_experts, 1, ""), test_place_slots.expected(experts, placement, 0))
 
 
 class Sums(tuple[Tensor, Tensor, Tensor, Tensor, Tensor]):
@@ -221,7 +225,7 @@ def scored(draw: st.DrawFn) -> tuple[Tensor, int]:
 
 def check_choose(case: tuple[Tensor, int]) -> None:
     scores, k = case
-    assert torch.equal(choose(scores, k), test_choose.expected(scores, k))
+    assert torch.equal(choose(scores, k), test_choose_experts.expected(scores, k))
 
 
 @st.composite

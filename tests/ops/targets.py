@@ -13,22 +13,23 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moecomm.ops import choose, count, dequantize, few_slots, fit, gather, pack, place, quantize, sort, weighted_sum, weighted_sum_backward
-from moecomm.ops.choose import choose_triton
-from moecomm.ops.count import count_triton, keys_triton
-from moecomm.ops.dequantize import dequantize_triton
-from moecomm.ops.few_slots import few_triton, take_triton
-from moecomm.ops.fit import fit_triton
-from moecomm.ops.gather import gather_triton
-from moecomm.ops.pack import message_triton, unpack_triton
-from moecomm.ops.place import place_triton, table_cpu
-from moecomm.ops.quantize import quantize_triton
-from moecomm.ops.rank_sum import rank_sum_triton
-from moecomm.ops.signature import LENGTH
-from moecomm.ops.sort import bounded_triton, sort_triton
-from moecomm.ops.weighted_sum import weighted_sum_triton
-from moecomm.ops.weighted_sum_backward import backward_triton
-from moecomm.ops.wire import DTYPES, WIRES
+from moecomm.ops.base.signature import LENGTH
+from moecomm.ops.routing import choose_experts, count_pairs, counting_sort, drop_overflow, place_slots, slot_bytes, slots_with_counts
+from moecomm.ops.routing.choose_experts import choose_triton
+from moecomm.ops.routing.count_pairs import count_triton, keys_triton
+from moecomm.ops.routing.counting_sort import bounded_triton, sort_triton
+from moecomm.ops.routing.drop_overflow import fit_triton
+from moecomm.ops.routing.place_slots import place_triton, table_cpu
+from moecomm.ops.routing.slot_bytes import message_triton, unpack_triton
+from moecomm.ops.routing.slots_with_counts import few_triton, take_triton
+from moecomm.ops.rows import dequantize, gather, quantize, weighted_sum, weighted_sum_backward
+from moecomm.ops.rows.dequantize import dequantize_triton
+from moecomm.ops.rows.gather import gather_triton
+from moecomm.ops.rows.quantize import quantize_triton
+from moecomm.ops.rows.rank_sum import rank_sum_triton
+from moecomm.ops.rows.weighted_sum import weighted_sum_triton
+from moecomm.ops.rows.weighted_sum_backward import backward_triton
+from moecomm.ops.rows.wire_formats import DTYPES, WIRES
 
 GATHERED = (torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float32, torch.complex64, torch.complex128)
 SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -111,7 +112,10 @@ def call_with_as_many_tokens(tokens: int) -> int:
     weighted_sum_triton(rows, weights, order, position)
     backward_triton(x, rows, weights, order, position)
     dequantize_triton(quantize_triton(x, order, 2, "mxfp8"), order, 2, 7, x.dtype, "mxfp8")
-    modules = choose, count, dequantize, few_slots, fit, gather, pack, place, quantize, sort, weighted_sum, weighted_sum_backward
+    modules = (
+        choose_experts, count_pairs, dequantize, slots_with_counts, drop_overflow, gather, slot_bytes, place_slots, quantize, counting_sort,
+        weighted_sum, weighted_sum_backward,
+    )  # fmt: skip
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
 

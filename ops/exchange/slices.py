@@ -1,0 +1,183 @@
+"""slice_scatter: piece = x's chunk of this rank along dim. slice_gather: whole[chunk of rank p] = piece of rank p, for all p.
+
+Chunks are torch.chunk's, and so DTensor's Shard: ceil(size / P) long, the last ranks shorter or empty. slice_scatter copies size / P and
+sends nothing; slice_gather sends the piece to all ranks. The two are each other's backward; with reduce, slice_gather's mirror is
+slice_reduce: piece[i] = sum over ranks p of p's whole[i], in the order of the ranks, in float32 for lower precisions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from moecomm.errors import wrong_value
+from moecomm.ops.base.library import LIBRARY, define
+from moecomm.ops.rows.rank_sum import rank_sum
+from moecomm.parallel.group import process_group
+
+funcol = torch.ops._c10d_functional  # each starts an exchange and registers its Work; wait_tensor waits
+
+
+def chunk_size(size: int, ranks: int) -> int:
+    """The length of all chunks but the last ones: ceil(size / ranks)."""
+    return -(-size // ranks)
+
+
+def chunk_bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Where ``rank``'s chunk starts, and its length."""
+    chunk = chunk_size(size, ranks)
+    start = min(rank * chunk, size)
+    return start, min(chunk, size - start)
+
+
+# The rank is looked up while an op runs: no graph knows it, nor any size that follows from it.
+
+
+def take_slice_fake(x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
+    size = x.shape[dim]
+    own: int | torch.SymInt
+    if length is not None:
+        own = length
+    elif statically_known_true(size % ranks == 0):
+        own = size // ranks
+    else:
+        own = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(*x.shape[:dim], own, *x.shape[dim + 1 :])
+
+
+def take_slice_here(x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
+    start, own = chunk_bounds(x.shape[dim], ranks, process_group(group).rank())
+    return x.narrow(dim, start, own).clone(memory_format=torch.contiguous_format)
+
+
+take_slice = define(
+    "take_slice(Tensor x, int dim, SymInt? length, int ranks, str group) -> Tensor", take_slice_fake, take_slice_here, take_slice_here
+)
+
+
+def pad_rows_fake(rows: Tensor, size: int) -> Tensor:
+    return rows.new_empty(size, *rows.shape[1:])
+
+
+def pad_rows_here(rows: Tensor, size: int) -> Tensor:
+    padded = rows.new_empty(size, *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    padded[rows.shape[0] :] = 0
+    return padded
+
+
+# An op, for what is missing may be no row or one, and the compiler would make a graph of its own for each of the two.
+pad_rows = define("pad_rows(Tensor rows, SymInt size) -> Tensor", pad_rows_fake, pad_rows_here, pad_rows_here)
+
+
+def pad_slice_fake(piece: Tensor, size: int, ranks: int, group: str) -> Tensor:
+    return piece.new_empty(chunk_size(size, ranks), *piece.shape[1:])
+
+
+def pad_slice_here(piece: Tensor, size: int, ranks: int, group: str) -> Tensor:
+    rank = process_group(group).rank()
+    _, own = chunk_bounds(size, ranks, rank)
+    if piece.shape[0] != own:
+        wrong_value("x", f"{piece.shape[0]} long in dim", f"{own} long, the slice of rank {rank} of {ranks} where size is {size}")
+    return pad_rows_here(piece, chunk_size(size, ranks))
+
+
+pad_slice = define("pad_slice(Tensor piece, SymInt size, int ranks, str group) -> Tensor", pad_slice_fake, pad_slice_here, pad_slice_here)
+
+
+def start_all_gather(chunk: Tensor, ranks: int, group: str) -> Tensor:
+    """Start to gather the equal chunks of all ranks: [chunk, ...] -> a flat buffer of bytes, to be finished by `all_gathered`."""
+    return funcol.all_gather_into_tensor(chunk.reshape(-1).view(torch.uint8), ranks, group)  # gloo sends bytes, but not every dtype
+
+
+def all_gathered(pending: Tensor, chunk: Tensor, ranks: int) -> Tensor:
+    """Wait for what `start_all_gather` began for ``chunk``: [ranks * chunk, ...]."""
+    return funcol.wait_tensor(pending).view(chunk.dtype).view(ranks * chunk.shape[0], *chunk.shape[1:])
+
+
+def start_reduce(whole: Tensor, ranks: int, group: str) -> Tensor:
+    """Start to send each rank its chunk of ``whole`` [size, ...]; to be finished by `reduced`."""
+    chunk = chunk_size(whole.shape[0], ranks)
+    padded = pad_rows(whole, ranks * chunk)  # [ranks * chunk, ...], equal for all ranks: each may know it
+    return funcol.all_to_all_single(padded, [chunk] * ranks, [chunk] * ranks, group)
+
+
+def reduced(pending: Tensor, ranks: int) -> Tensor:
+    """Wait for what `start_reduce` began and add it up: [chunk, ...]."""
+    parts = funcol.wait_tensor(pending)  # [ranks * chunk, ...]
+    chunk = parts.shape[0] // ranks
+    return rank_sum(parts.view(ranks, -1), 1, False).view(chunk, *parts.shape[1:])
+
+
+def cut_rows_fake(rows: Tensor, size: int, ranks: int, group: str) -> Tensor:
+    return rows.new_empty(torch.library.get_ctx().new_dynamic_size(), *rows.shape[1:])
+
+
+def cut_rows_here(rows: Tensor, size: int, ranks: int, group: str) -> Tensor:
+    _, own = chunk_bounds(size, ranks, process_group(group).rank())
+    return rows[:own].clone()
+
+
+cut_rows = define("cut_rows(Tensor rows, SymInt size, int ranks, str group) -> Tensor", cut_rows_fake, cut_rows_here, cut_rows_here)
+
+
+def _own(chunk: Tensor, size: int, length: int | None, ranks: int, group: str) -> Tensor:
+    """This rank's chunk without the padding, of which ``length``, where it is known, is left."""
+    if length is not None:
+        return chunk.narrow(0, 0, length)
+    return chunk if statically_known_true(size % ranks == 0) else cut_rows(chunk, size, ranks, group)
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
+        ctx.back = dim, x.shape[dim], ranks, group, False
+        return take_slice(x, dim, length, ranks, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.moecomm.slice_gather(grad, *ctx.back), None, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, ranks: int, group: str, reduce: bool) -> Tensor:
+        ctx.back = dim, x.shape[dim], ranks, group
+        ctx.reduce = reduce
+        chunk = pad_slice(x.movedim(dim, 0), size, ranks, group)
+        whole = all_gathered(start_all_gather(chunk, ranks, group), chunk, ranks)
+        # Only the last chunks are short, so that all padding is behind the last row.
+        return whole.narrow(0, 0, size).movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mirror = torch.ops.moecomm.slice_reduce if ctx.reduce else torch.ops.moecomm.slice_scatter
+        return mirror(grad, *ctx.back), None, None, None, None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
+        ctx.back = dim, x.shape[dim], ranks, group, False
+        total = reduced(start_reduce(x.movedim(dim, 0), ranks, group), ranks)
+        return _own(total, x.shape[dim], length, ranks, group).movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.moecomm.slice_gather(grad, *ctx.back), None, None, None, None
+
+
+def define_function(schema: str, function: type[torch.autograd.Function]) -> Any:
+    """An op that is its autograd.Function: the compiler traces into it, forward and backward, and Dynamo need not."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, lambda *args: function.apply(*args), "CompositeImplicitAutograd")
+    return getattr(torch.ops.moecomm, name).default
+
+
+slice_scatter = define_function("slice_scatter(Tensor x, int dim, SymInt? length, int ranks, str group) -> Tensor", _Scatter)
+slice_gather = define_function("slice_gather(Tensor x, int dim, SymInt size, int ranks, str group, bool reduce) -> Tensor", _Gather)
+slice_reduce = define_function("slice_reduce(Tensor x, int dim, SymInt? length, int ranks, str group) -> Tensor", _Reduce)

@@ -1,0 +1,48 @@
+"""sum_ranks: total = x of rank 0 + x of rank 1 + ..., on every rank. sum_gradient: y = x, and backward the total of the ranks' gradients.
+
+Both add up in the order of the ranks, in float32 for lower precisions, and round once: an all-to-all, `rank_sum` and an all-gather, which
+send each rank's bytes 2 * (P - 1) / P times. The two are each other's backward; sum_ranks' is to pass the gradient on, as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecomm.ops.exchange.slices import all_gathered, define_function, reduced, start_all_gather, start_reduce
+
+
+def total(x: Tensor, ranks: int, group: str) -> Tensor:
+    """The sum over the ranks of tensors of one shape."""
+    flat = x.reshape(-1)
+    chunk = reduced(start_reduce(flat, ranks, group), ranks)
+    whole = all_gathered(start_all_gather(chunk, ranks, group), chunk, ranks)
+    return whole.narrow(0, 0, flat.shape[0]).view(x.shape)
+
+
+class _SumRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int, group: str) -> Tensor:
+        ctx.back = ranks, group
+        return total(x, ranks, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.moecomm.sum_gradients(grad, *ctx.back), None, None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int, group: str) -> Tensor:
+        ctx.back = ranks, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.moecomm.sum_ranks(grad, *ctx.back), None, None
+
+
+sum_ranks = define_function("sum_ranks(Tensor x, int ranks, str group) -> Tensor", _SumRanks)
+sum_gradient = define_function("sum_gradients(Tensor(a) x, int ranks, str group) -> Tensor(a)", _SumGradient)

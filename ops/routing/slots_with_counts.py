@@ -1,0 +1,104 @@
+"""message[p] = the slots of all pairs for rank p, as `slot_bytes.py` has them, where those for each rank fit in ROOM words; else zeros.
+
+It travels with the counts: a plan of few slots a rank, of few tokens or on very many ranks, is then one exchange and not two. Its first
+word says whether all slots of this rank are in its messages; `plan_sizes` reads it with the counts, and where it is so on every rank,
+`slots.py` takes the slots from the messages that came and sends nothing.
+Costs ROOM words a rank, and where they may fit one more sort of the keys. Integers and bytes: no backward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm.ops.base.library import define, jit, tl
+from moecomm.ops.base.signature import PAIRS, ROOM, WIDTH
+from moecomm.ops.routing.counting_sort import sort_cpu, sort_triton
+from moecomm.ops.routing.slot_bytes import message_cpu, message_triton, width_of
+
+SCHEMA = "few_slots(Tensor experts, Tensor weights, Tensor keys, int local, int ranks) -> Tensor"
+WORD = 8  # bytes
+FIRST = (WIDTH + 1) * WORD  # the byte of a whole message where the slots begin
+RANKS, BLOCK = 256, 1024  # counts that a program of the kernel adds up at a time, and bytes that it copies
+
+
+def most_pairs(width: int) -> int:
+    """How many pairs of as many bytes fit in the message to a rank."""
+    return (ROOM - 1) * WORD // width
+
+
+def few_fake(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
+    return torch.empty(ranks, ROOM, dtype=torch.int64, device=experts.device)
+
+
+def few_cpu(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
+    few = few_fake(experts, weights, keys, local, ranks).zero_()
+    counts = np.bincount(keys.numpy().ravel() + 1, minlength=ranks + 1)[1:]
+    if counts.max() <= most_pairs(width_of(experts.shape[1], local, weights.dtype)):
+        order, _, _ = sort_cpu(keys, ranks, int(counts.sum()))
+        pairs = message_cpu(experts, weights, keys, order, local, False)  # [S, bytes]
+        for row, part in zip(few.view(torch.uint8)[:, WORD:], pairs.split(counts.tolist()), strict=True):
+            row[: part.numel()] = part.view(-1)
+        few[:, 0] = 1
+    return few
+
+
+def take_cpu(messages: Tensor, splits: Tensor, width: int) -> Tensor:
+    """[R, width]: the slots that came, of the rows that come from each rank."""
+    rooms = messages.view(torch.uint8)[:, FIRST:]
+    return torch.cat([room[: count * width] for room, count in zip(rooms, splits[1].tolist(), strict=True)]).view(-1, width)
+
+
+@jit
+def _copy_kernel(
+    rooms, rows, counts, fits, ranks, stride, stride_count, most, width,
+    ENDS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of rank p: with ENDS from rows, where counts are the ends of each rank's, to its room; without, from its room to rows."""
+    p = tl.program_id(0)
+    first, here, largest = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    for start in range(0, ranks, RANKS):
+        q = start + tl.arange(0, RANKS)
+        count = tl.load(counts + q.to(tl.int64) * stride_count, mask=q < ranks, other=0).to(tl.int64)
+        if ENDS:
+            count -= tl.load(counts + q.to(tl.int64) * stride_count - stride_count, mask=(q > 0) & (q < ranks), other=0).to(tl.int64)
+        first += tl.sum(tl.where(q < p, count, 0), axis=0)
+        here += tl.sum(tl.where(q == p, count, 0), axis=0)
+        largest = tl.maximum(largest, tl.max(count, axis=0))
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = byte < tl.minimum(here, most) * width
+    room = rooms + p.to(tl.int64) * stride + byte
+    if ENDS:
+        tl.store(room, tl.load(rows + first * width + byte, mask=inside, other=0), mask=inside)
+        tl.store(fits + p.to(tl.int64) * (stride // 8), (largest <= most).to(tl.int64), mask=tl.program_id(1) == 0)
+    else:
+        tl.store(rows + first * width + byte, tl.load(room, mask=inside, other=0), mask=inside)
+
+
+def few_triton(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
+    few = few_fake(experts, weights, keys, local, ranks).zero_()
+    tokens, k = experts.shape
+    most = most_pairs(width_of(k, local, weights.dtype))
+    if tokens * min(k, ranks) > ranks * most:  # they would not fit where all ranks get as many: the device alone knows, and need not try
+        return few
+    order, _, ends = sort_triton(keys, ranks, tokens * k, padded=True)
+    pairs = message_triton(experts, weights, keys, order, local, True)  # [T * K, bytes]
+    _launch(few.view(torch.uint8)[:, WORD:], pairs, ends, few, most, True)
+    return few
+
+
+def take_triton(messages: Tensor, received: int, width: int) -> Tensor:
+    pairs = torch.empty(received, width, dtype=torch.uint8, device=messages.device)
+    _launch(messages.view(torch.uint8)[:, FIRST:], pairs, messages[:, PAIRS], messages, most_pairs(width), False)
+    return pairs
+
+
+def _launch(rooms: Tensor, rows: Tensor, counts: Tensor, fits: Tensor, most: int, ends: bool) -> None:
+    ranks, width = rooms.shape[0], rows.shape[1]
+    _copy_kernel[(ranks, max(1, -(-most * width // BLOCK)))](
+        rooms, rows, counts, fits, ranks, rooms.stride(0), counts.stride(0), most, width, ENDS=ends, RANKS=RANKS, BLOCK=BLOCK
+    )
+
+
+few_slots = define(SCHEMA, few_fake, few_cpu, few_triton)

@@ -1,0 +1,118 @@
+"""rows[n] = E4M3 * scale of message[order[n] // K], in a dtype, or its values and scales as they came; zeros where order[n] is -1.
+
+Costs one read of N * (D + the scales') bytes and one write of N * D elements; `wire_formats.py` has the formats.
+Its mirror is `quantize`; neither has a backward: the ops of `dispatch_combine_wire.py`, which they are part of, pass the gradient as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moecomm.ops.base.library import define, jit, tl
+from moecomm.ops.rows.gather import gather_rows_cpu, gather_rows_triton
+from moecomm.ops.rows.quantize import STEP, tile
+from moecomm.ops.rows.wire_formats import WIRES, blocks
+
+SCHEMA = "dequantize(Tensor message, Tensor? order, int k, SymInt d, ScalarType dtype, str wire) -> Tensor"
+APART = "quantized_rows(Tensor message, Tensor order, int k, SymInt d, str wire) -> (Tensor, Tensor)"
+
+
+def dequantize_fake(message: Tensor, order: Tensor | None, k: int, d: int, dtype: torch.dtype, wire: str) -> Tensor:
+    return message.new_empty((message if order is None else order).shape[0], d, dtype=dtype)
+
+
+def dequantize_cpu(message: Tensor, order: Tensor | None, k: int, d: int, dtype: torch.dtype, wire: str) -> Tensor:
+    rows = message.new_empty(message.shape[0], d, dtype=dtype)
+    if rows.numel():
+        step = max(1, STEP // d)
+        for part, into in zip(message.split(step), rows.split(step), strict=True):
+            _dequantize(part, into, wire)
+    return rows if order is None else gather_rows_cpu(rows, order, k)
+
+
+def _dequantize(message: Tensor, rows: Tensor, wire: str) -> None:
+    d, block = rows.shape[1], WIRES[wire].block
+    data, scales = message[:, :d], message[:, d:].clone(memory_format=torch.contiguous_format)  # whose bytes lie where a float32 may
+    if d % block:
+        data = pad(data, (0, -d % block))
+    # torch 2.13 is slow to read this format. Moved by 7 bits, its exponent and mantissa are those of a float16, but for a factor of 2^8.
+    halves = data.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
+    halves = halves.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # the sign is in bits 14 and 15
+    values = halves.view(torch.float16).to(torch.float32)
+    sizes = data & 0x7F
+    if sizes.max() == 0x7F:
+        values.masked_fill_(sizes == 0x7F, float("nan"))
+    factors = scales.view(torch.float32) if WIRES[wire].scale == torch.float32 else (scales.to(torch.int32) << 23).view(torch.float32)
+    values = values.unflatten(1, (-1, block)).mul_(factors.unsqueeze(2)).mul_(2.0**8).flatten(1)
+    most = torch.finfo(rows.dtype).max
+    rows.copy_(values[:, :d].clamp_(-most, most))  # what was rounded up past it
+
+
+@jit(varies=("n",))
+def _dequantize_kernel(
+    message, order, rows, n, d, k, count, width,
+    MOST: tl.constexpr, ORDERED: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    col = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [GROUP, BLOCK]
+    pair = tl.load(order + row, mask=row < n, other=-1) if ORDERED else tl.where(row < n, row * k, -1)
+    present = (pair >= 0)[:, None, None]
+    start = message + (pair // k).to(tl.int64)[:, None, None] * width
+    values = _from_e4m3(tl.load(start + col[None, :, :], mask=present & (col < d)[None, :, :], other=0))  # [ROWS, GROUP, BLOCK]
+    byte = tl.arange(0, SCALE)
+    behind = d + group[:, None] * SCALE + byte[None, :]
+    parts = tl.load(start + behind[None, :, :], mask=present & (group < count)[None, :, None], other=0).to(tl.int32)
+    bits = tl.sum(parts << (8 * byte)[None, None, :], 2)  # [ROWS, GROUP]
+    scale = (bits if SCALE == 4 else bits << 23).to(tl.float32, bitcast=True)
+    values = values * scale[:, :, None]
+    values = tl.where(values > MOST, MOST, tl.where(values < -MOST, -MOST, values))  # what was rounded up past it; a NaN stays one
+    inside = (row < n)[:, None, None] & (col < d)[None, :, :]
+    tl.store(rows + row.to(tl.int64)[:, None, None] * d + col[None, :, :], values.to(rows.dtype.element_ty), mask=inside)
+
+
+@jit
+def _from_e4m3(byte):
+    """The value of an E4M3 of these bits; by integers, since not every GPU has this format."""
+    size = byte.to(tl.int32) & 0x7F
+    normal = ((size + (120 << 3)) << 20).to(tl.float32, bitcast=True)
+    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)  # 2^-9
+    value = tl.where(size == 0x7F, float("nan"), value)
+    return tl.where(byte >= 0x80, -value, value)
+
+
+def dequantize_triton(message: Tensor, order: Tensor | None, k: int, d: int, dtype: torch.dtype, wire: str) -> Tensor:
+    rows = dequantize_fake(message, order, k, d, dtype, wire)  # [N, D]
+    n, count = rows.shape[0], blocks(d, wire)
+    if n and d:
+        group, height = tile(d, wire)
+        _dequantize_kernel[(-(-n // height), -(-count // group))](
+            message, message if order is None else order.contiguous(), rows, n, d, k, count, message.shape[1],
+            MOST=torch.finfo(dtype).max, ORDERED=order is not None, SCALE=WIRES[wire].scale.itemsize,
+            ROWS=height, GROUP=group, BLOCK=WIRES[wire].block,
+        )  # fmt: skip
+    return rows
+
+
+def quantized_rows_fake(message: Tensor, order: Tensor, k: int, d: int, wire: str) -> tuple[Tensor, Tensor]:
+    data = message.new_empty(order.shape[0], d, dtype=torch.float8_e4m3fn)
+    return data, message.new_empty(order.shape[0], blocks(d, wire), dtype=WIRES[wire].scale)
+
+
+def quantized_rows_cpu(message: Tensor, order: Tensor, k: int, d: int, wire: str) -> tuple[Tensor, Tensor]:
+    return _as_floats(gather_rows_cpu(message[:, :d], order, k), gather_rows_cpu(message[:, d:], order, k), wire)
+
+
+def quantized_rows_triton(message: Tensor, order: Tensor, k: int, d: int, wire: str) -> tuple[Tensor, Tensor]:
+    return _as_floats(gather_rows_triton(message[:, :d], order, k), gather_rows_triton(message[:, d:], order, k), wire)
+
+
+def _as_floats(data: Tensor, scales: Tensor, wire: str) -> tuple[Tensor, Tensor]:
+    dtype = WIRES[wire].scale
+    return data.view(torch.float8_e4m3fn), scales.view(dtype) if scales.shape[1] else scales.new_empty(scales.shape, dtype=dtype)
+
+
+dequantize = define(SCHEMA, dequantize_fake, dequantize_cpu, dequantize_triton)
+quantized_rows = define(APART, quantized_rows_fake, quantized_rows_cpu, quantized_rows_triton)

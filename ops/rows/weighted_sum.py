@@ -1,0 +1,100 @@
+"""y[m] = sum over j of weights[m, j] * rows[position[m, j]], in the order of j, where position[m, j] is not -1.
+
+Costs one read of N * D elements and one write of M * D; accumulates in float32 (float64 for float64), weights not rounded to rows' dtype.
+Its backward is the op `weighted_sum_backward`; without weights it is the mirror of `gather`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from moecomm.ops.base.library import block_of, compute_dtype, define, differentiable, jit, tl
+from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
+
+SCHEMA = "weighted_sum(Tensor rows, Tensor? weights, Tensor order, Tensor position) -> Tensor"
+
+
+def weighted_sum_fake(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor) -> Tensor:
+    return rows.new_empty(position.shape[0], rows.shape[1])
+
+
+def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor) -> Tensor:
+    m, k = position.shape
+    if rows.numel() == 0 or m == 0:
+        return rows.new_zeros(m, rows.shape[1])
+    present = position >= 0
+    bags, exact = position.flatten(), None if weights is None else weights.flatten()  # of token 0, then of token 1, ...
+    if present.all():
+        starts = torch.arange(0, m * k + 1, k, dtype=torch.int32, device=position.device)
+    else:
+        starts = pad(present.sum(1, dtype=torch.int32).cumsum_(0, dtype=torch.int32), (1, 0))
+        bags, exact = position.masked_select(present), None if weights is None else weights.masked_select(present)
+    factors = None
+    if exact is not None and weights is not None:
+        factors = exact.to(rows.dtype)  # embedding_bag takes no others
+        if rows.dtype.itemsize < 4 and weights.dtype != rows.dtype:
+            # What rounding took off the weight follows as one more entry of the bag, with the same row, which is in the cache by now.
+            bags, starts = bags.repeat_interleave(2), starts * 2
+            factors = torch.stack((factors, (exact - factors).to(rows.dtype)), 1).flatten()
+    return embedding_bag(bags, rows, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
+
+
+@jit(varies=("m",))
+def _weighted_sum_kernel(
+    rows, weights, position, y, m, d, stride_n, stride_d, stride_m, stride_k,
+    K: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], ACC)
+    for j in range(K):
+        source = tl.load(position + row.to(tl.int64) * K + j, mask=row < m, other=-1).to(tl.int64)
+        here = (source >= 0)[:, None] & (col < d)[None, :]
+        values = tl.load(rows + source[:, None] * stride_n + col.to(tl.int64)[None, :] * stride_d, mask=here, other=0).to(ACC)
+        if WEIGHTED:
+            weight = tl.load(weights + row.to(tl.int64) * stride_m + j * stride_k, mask=source >= 0, other=0).to(ACC)
+            values = values * weight[:, None]
+        total += values
+    inside = (row < m)[:, None] & (col < d)[None, :]
+    tl.store(y + row.to(tl.int64)[:, None] * d + col[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+def weighted_sum_triton(rows: Tensor, weights: Tensor | None, order: Tensor, position: Tensor) -> Tensor:
+    (m, k), d = position.shape, rows.shape[1]
+    y = rows.new_empty(m, d)
+    if m and d:
+        block = block_of(d, 1024)
+        height = max(1, 1024 // block)
+        strides = (0, 0) if weights is None else weights.stride()
+        _weighted_sum_kernel[(-(-m // height), -(-d // block))](
+            rows, rows if weights is None else weights, position.contiguous(), y, m, d, *rows.stride(), *strides,
+            K=k, WEIGHTED=weights is not None, ACC=compute_dtype(rows.dtype), ROWS=height, BLOCK=block,
+        )  # fmt: skip
+    return y
+
+
+weighted_sum = define(SCHEMA, weighted_sum_fake, weighted_sum_cpu, weighted_sum_triton)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, order, position = inputs
+    ctx.shape = rows.shape
+    # The mirror of a gather needs no rows: only the gradient of weights does.
+    ctx.save_for_backward(*((order, position) if weights is None else (order, position, rows, weights)))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    order, position, *weighted = ctx.saved_tensors
+    if weighted:
+        grad_rows, grad_weights = weighted_sum_backward(grad, weighted[0], weighted[1], order, position)
+        return grad_rows, grad_weights, None, None
+    from moecomm.ops.rows.gather import gather  # the mirror imports this file
+
+    return gather(grad, order, position), None, None, None
+
+
+differentiable(weighted_sum, _save, _backward)

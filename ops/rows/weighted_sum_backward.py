@@ -1,0 +1,117 @@
+"""grad_rows[n] = weights[m, j] * grad[m] and grad_weights[m, j] = <grad[m], rows[n]>, for the pair (m, j) = order[n].
+
+Costs one read of rows [N, D], one read of grad's rows N times, one write of N * D; dots accumulate in float32 (float64 for float64).
+It is the backward of `weighted_sum`. Its own backward, for second derivatives, is made of the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecomm.ops.base.library import block_of, compute_dtype, define, differentiable, jit, tl
+
+STEP = 2**20  # elements that the CPU takes at a time, while they are in the cache
+SCHEMA = "weighted_sum_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, Tensor position) -> (Tensor, Tensor)"
+
+
+def backward_fake(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    from moecomm.ops.rows.weighted_sum import weighted_sum_cpu  # whose backward this file is
+
+    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    if order.shape[0] == 0 or grad.numel() == 0:
+        return rows.new_zeros(rows.shape), grad_weights
+    pairs = order.long()  # [N], -1 of padding
+    source = torch.div(pairs, position.shape[1], rounding_mode="floor")
+    factors = weights.flatten().index_select(0, pairs.clamp(min=0)).unsqueeze(1)  # [N, 1]
+    grad_rows = weighted_sum_cpu(grad, factors, order, source.unsqueeze(1))  # a gather that multiplies as it reads
+    if rows.dtype.itemsize >= 4:
+        present = position >= 0
+        pair = torch.arange(position.shape[0], device=position.device).unsqueeze(1).expand_as(position).masked_select(present)
+        # The gradient of the weights of an embedding_bag, each of one row: it gathers nothing, but rounds to the rows' dtype.
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad, rows, position.long().masked_select(present), pair.new_zeros(1), pair, 0
+        )
+        return grad_rows, grad_weights.masked_scatter_(present, dots.to(weights.dtype))
+    dots = rows.new_empty(order.shape[0], dtype=torch.float32)
+    step = min(rows.shape[0], max(1, STEP // rows.shape[1]))  # rows a step
+    copies = rows.new_empty(step, rows.shape[1])
+    for start in range(0, order.shape[0], step):
+        part = slice(start, start + step)
+        here = copies[: rows[part].shape[0]]
+        torch.index_select(grad, 0, source[part].clamp_(min=0), out=here)
+        dots[part] = row_dots(rows[part], here)
+    present = order >= 0
+    grad_weights.view(-1).index_copy_(0, pairs.masked_select(present), dots.masked_select(present).to(weights.dtype))
+    return grad_rows, grad_weights
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """[n]: a[i] . b[i] of a low precision, in float32: what the gradient of a group norm's gamma is, of one group and n channels.
+
+    It is the one call of ATen that reads each row once, as it is, and sums in float32 (torch 2.13): for bfloat16 rows of 1024 0.9 of the
+    time of a copy, where `(a.float() * b).sum(1)` takes 5.
+    """
+    n, d = a.shape
+    dtype = torch.float32
+    mean, scale, gamma = a.new_zeros(1, 1, dtype=dtype), a.new_ones(1, 1, dtype=dtype), a.new_ones(n, dtype=dtype)
+    a, b = a.contiguous(), b.contiguous()  # it takes them to be so
+    return torch.ops.aten.native_group_norm_backward(a, b, mean, scale, gamma, 1, n, d, 1, [False, True, False])[1]
+
+
+@jit
+def _backward_kernel(
+    grad, rows, weights, order, grad_rows, grad_weights, d, stride_gm, stride_gd, stride_n, stride_d, stride_m, stride_k,
+    K: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + n).to(tl.int64)
+    first = tl.maximum(pair, 0)  # padding reads neither gradient nor row, and so writes zeros
+    m = first // K
+    weight = tl.load(weights + m * stride_m + first % K * stride_k, mask=pair >= 0, other=0).to(ACC)
+    width = tl.where(pair >= 0, d, 0)
+    dot = tl.zeros([BLOCK], ACC)
+    for start in range(0, d, BLOCK):
+        col = start + tl.arange(0, BLOCK).to(tl.int64)
+        inside = col < d
+        g = tl.load(grad + m * stride_gm + col * stride_gd, mask=col < width, other=0).to(ACC)
+        dot += g * tl.load(rows + n * stride_n + col * stride_d, mask=col < width, other=0).to(ACC)
+        tl.store(grad_rows + n * d + col, (g * weight).to(grad_rows.dtype.element_ty), mask=inside)
+    if pair >= 0:
+        tl.store(grad_weights + pair, tl.sum(dot, axis=0).to(grad_weights.dtype.element_ty))
+
+
+def backward_triton(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    n, d = rows.shape
+    grad_rows = rows.new_empty(n, d)
+    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    if n and d:
+        _backward_kernel[(n,)](
+            grad, rows, weights, order.contiguous(), grad_rows, grad_weights, d, *grad.stride(), *rows.stride(), *weights.stride(),
+            K=position.shape[1], ACC=compute_dtype(rows.dtype), BLOCK=block_of(d, 1024),
+        )  # fmt: skip
+    return grad_rows, grad_weights
+
+
+weighted_sum_backward = define(SCHEMA, backward_fake, backward_cpu, backward_triton)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+    from moecomm.ops.rows.weighted_sum import weighted_sum  # whose backward this file is
+
+    grad, rows, weights, order, position = ctx.saved_tensors
+    to_grad = weighted_sum(grad_rows, weights, order, position) + weighted_sum(rows, grad_weights, order, position)
+    return to_grad, *weighted_sum_backward(grad, grad_rows, grad_weights, order, position), None, None
+
+
+differentiable(weighted_sum_backward, _save, _backward)

@@ -1,0 +1,80 @@
+"""Compiled graphs in torch's cache are those of the ops as they are, not of an earlier moecomm; ops run on their tensors' device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch._subclasses import FakeTensorMode
+
+from moecomm.ops.base.library import define
+
+CHECKOUT = Path(__file__).parents[3]
+COMPILED = """
+import torch
+import moecomm.functional as mf
+x, loss = torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True)
+torch.compile(lambda x, loss: mf.attach_loss(x, 2 * loss, 0.5).sum(), fullgraph=True)(x, loss).backward()
+print(loss.grad.item(), torch.compiler.config.cache_key_tag)
+"""
+
+
+@pytest.mark.slow
+def test_an_op_whose_backward_has_changed_is_compiled_anew(tmp_path: Path) -> None:
+    for folder, inside in (("moecomm", "."), ("ops", "ops"), ("compile", "compile")):  # as installed
+        shutil.copytree(CHECKOUT / folder, tmp_path / "moecomm" / inside, dirs_exist_ok=True)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCH_COMPILE_CACHE_KEY_TAG": "mine"}
+    source = tmp_path / "moecomm" / "ops" / "rows" / "attach_loss.py"
+    changed = source.read_text().replace("return grad, loss_gradient(", "return grad, 3 * loss_gradient(")
+    assert changed != source.read_text()
+    tags = []
+    for grad in ("1.0", "3.0"):
+        done = subprocess.run([sys.executable, "-c", COMPILED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+        found, user, name, checksum = done.stdout.split()
+        assert (found, user, name) == (grad, "mine", "moecomm")
+        tags.append(checksum)
+        source.write_text(changed)
+    assert tags[0] != tags[1]
+
+
+def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in knows which device is the current one; tensors of another one are fakes, for which no GPU is needed."""
+    current, seen = [0], []
+
+    class Guard:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    def run(x: Tensor, y: Tensor | None = None, n: int = 0) -> Tensor:
+        seen.append(current[-1])
+        if n:
+            raise ValueError
+        return x
+
+    op = define("test_guarded(Tensor x, Tensor? y=None, int n=0) -> Tensor", run, run, run)
+    monkeypatch.setattr(torch.cuda, "_DeviceGuard", Guard)
+    with FakeTensorMode():
+        here, there = torch.empty(2), torch.empty(2, device="cuda:1")
+    op._op_dk(DispatchKey.CUDA, there)
+    op._op_dk(DispatchKey.CUDA, here, there)
+    with pytest.raises(ValueError):  # noqa: PT011 - its own
+        op._op_dk(DispatchKey.CUDA, there, None, 1)
+    assert seen == [1, 1, 1]
+    op._op_dk(DispatchKey.CUDA, torch.empty(2))
+    op(torch.empty(2))
+    assert seen[3:] == [0, 0]
+    assert current == [0]

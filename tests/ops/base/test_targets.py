@@ -1,0 +1,39 @@
+"""The Triton kernels are written once: they compile for NVIDIA and for AMD, of which this machine need have neither."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+LOCAL_OPS = (
+    "routing/choose_experts",
+    "routing/count_pairs",
+    "routing/slots_with_counts",
+    "routing/drop_overflow",
+    "routing/slot_bytes",
+    "routing/place_slots",
+    "routing/counting_sort",
+    "rows/gather",
+    "rows/weighted_sum",
+    "rows/weighted_sum_backward",
+    "rows/rank_sum",
+    "rows/quantize",
+    "rows/dequantize",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [("cuda", "90", "32"), ("hip", "gfx942", "64")], ids="-".join)
+def test_every_kernel_compiles(target: tuple[str, ...], tmp_path: Path) -> None:
+    kernels = {name for op in LOCAL_OPS for name in re.findall(r"@jit.*\ndef (\w+_kernel)", (ROOT / "ops" / f"{op}.py").read_text())}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.ops.targets", *target]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == kernels

@@ -1,0 +1,99 @@
+"""What a user gets: the wheel in an environment of its own, public names with types and examples, imports without side effects."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import subprocess
+import sys
+import sysconfig
+import typing
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import moecomm
+import moecomm.functional as mf
+
+CHECKOUT = Path(__file__).parents[2]
+LAYER = """
+import importlib, sys
+import torch
+import moecomm, moecomm.functional as mf
+for name in ("moecomm", "moecomm.functional", "moecomm.ops", "moecomm.compile"):
+    print(importlib.import_module(name).__file__)
+experts, weights = torch.tensor([[0, 1], [1, -1]]), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+plan = mf.plan(experts, weights, num_experts=2)
+y = mf.combine(mf.dispatch(torch.eye(2), plan), plan)
+torch.testing.assert_close(y, torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    # The build leaves its litter beside what it builds: so it builds a copy.
+    source, wheels, environment = tmp_path / "source", tmp_path / "wheels", tmp_path / "environment"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(CHECKOUT, source, ignore=ignored)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, source, cwd=tmp_path)
+    [wheel] = wheels.iterdir()
+    folders = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert folders == {"moecomm", f"moecomm-{moecomm.__version__}.dist-info"}
+
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+
+    # torch comes from this environment; a path in a .pth file is not searched for .pth files, so that its editable moecomm does not.
+    (site / "with_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    for path in run(python, "-c", LAYER, cwd=tmp_path).split():
+        assert Path(path).is_relative_to(environment)
+    shutil.rmtree(site / "moecomm")
+    hidden = subprocess.run([str(python), "-c", "import moecomm"], cwd=tmp_path, capture_output=True, text=True)
+    assert "ModuleNotFoundError: No module named 'moecomm'" in hidden.stderr  # it was the wheel's, and nothing else's
+
+
+IMPORTS = """
+import sys
+import torch.distributed as dist
+import moecomm, moecomm.functional
+print(sorted(name for name in sys.modules if name.startswith("moecomm.compile")), dist.is_initialized())
+"""
+
+
+@pytest.mark.slow
+def test_the_functions_need_nothing_of_compile_and_importing_them_starts_nothing() -> None:
+    assert run(sys.executable, "-W", "error", "-c", IMPORTS, cwd=CHECKOUT).strip() == "[] False"
+
+
+def test_importing_moecomm_alone_is_importing_nothing_else() -> None:
+    assert run(sys.executable, "-c", "import sys, moecomm; print('torch' in sys.modules)", cwd=CHECKOUT).strip() == "False"
+
+
+@pytest.mark.parametrize("name", mf.__all__)
+def test_every_public_name_has_an_example(name: str) -> None:
+    documented = inspect.getdoc(getattr(mf, name))
+    assert documented
+    assert ">>> " in documented
+
+
+@pytest.mark.parametrize("name", [name for name in mf.__all__ if inspect.isfunction(getattr(mf, name))])
+def test_every_public_function_is_typed(name: str) -> None:
+    function = getattr(mf, name)
+    types = typing.get_type_hints(function)
+    assert set(types) == {*inspect.signature(function).parameters, "return"}
+
+
+def test_all_is_sorted_and_complete() -> None:
+    public = [name for name in vars(mf) if not name.startswith("_") and not inspect.ismodule(getattr(mf, name))]
+    assert mf.__all__ == sorted(mf.__all__)
+    assert set(public) == set(mf.__all__)
