@@ -12,8 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from moecomm.ops.exchange.start_op import STARTS
-from moecomm.ops.routing.plan_sizes import plan_sizes
-from moecomm.ops.routing.read_sizes import read_sizes
+from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
 
 def save_received(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.ops.routing.plan_sizes import plan_sizes
-from moecomm.ops.routing.read_sizes import read_sizes
+from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

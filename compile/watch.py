@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_leaves
 import moecomm
 import moecomm.ops
 from moecomm.ops.exchange.start_op import STARTS
-from moecomm.ops.routing.plan_sizes import plan_sizes
-from moecomm.ops.routing.read_sizes import read_sizes
+from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
 # What waits for the device: ops whose result the host must know, or whose shape it must.
 READ_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "bincount"}

@@ -6,7 +6,8 @@ A token walks one way: `route` -> `plan` -> `dispatch` -> (your experts) -> `com
 from moecomm.inspect.explain import explain
 from moecomm.layer.capacity import limit_by_capacity
 from moecomm.layer.losses import attach_loss, load_balance_loss, update_bias, z_loss
-from moecomm.layer.plan import Plan, plan
+from moecomm.layer.make_plan import plan
+from moecomm.layer.plan import Plan
 from moecomm.layer.route import route
 from moecomm.layer.tokens import Quantized, combine, dispatch, dispatch_quantized
 from moecomm.parallel.slices import slice_gather, slice_reduce, slice_scatter

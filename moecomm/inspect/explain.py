@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from moecomm.errors import MoECommError, check_tensor, wrong_type, wrong_value
 from moecomm.layer.plan import Plan
 from moecomm.layer.tokens import check_wires
-from moecomm.ops.exchange.slices import all_gathered, start_all_gather
+from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
+from moecomm.ops.routing.read_sizes import read_list
 from moecomm.ops.rows.wire_formats import width
 from moecomm.parallel.dtensor import to_local
 from moecomm.parallel.group import resolve_group
@@ -102,7 +103,7 @@ def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanatio
         wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
     group, token = resolve_group(plan.group), _bytes_a_token(x, plan.tokens, wire)
     received = plan.weights.shape[0]
-    from_each = [received // group.size] * group.size if plan.splits is None else plan.splits[1].tolist()
+    from_each = [received // group.size] * group.size if plan.splits is None else plan.splits[1].numpy().tolist()
     slots = (plan.row_position >= 0).sum(1)  # [R]: of each received pair; of padding 0
     parts = slots.split(from_each)
     counts = torch.stack([count for part in parts for count in ((part > 0).sum(), part.sum())])  # [2 * P]
@@ -111,7 +112,7 @@ def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanatio
     dropped = torch.zeros_like(counts[0]) if plan.dropped is None else plan.dropped.long()
     mine = torch.cat((counts.new_tensor([plan.tokens, token]), dropped[None], counts, rows))[None]  # [1, 3 + 2 * P + L]
     every = all_gathered(start_all_gather(mine, group.size, group.name), mine, group.size) if group.size > 1 else mine
-    return _explanation(every.tolist(), plan.dropped is not None, from_each[0])
+    return _explanation(read_list(every), plan.dropped is not None, from_each[0])
 
 
 def _explanation(every: Table, static: bool, most: int) -> Explanation:

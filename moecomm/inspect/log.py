@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moecomm.layer.plan import Plan
 from moecomm.parallel.group import resolve_group
-
-if TYPE_CHECKING:
-    from moecomm.layer.plan import Plan
 
 LOGGER = logging.getLogger("moecomm")
 LOGGER.addHandler(logging.NullHandler())
@@ -31,7 +28,7 @@ def log_plan(plan: Plan, like: Sequence[Tensor]) -> None:
     rows = plan.row_order.shape[0]
     if not all(isinstance(size, int) for size in (plan.tokens, sent, received, rows)):  # traced by other means than torch.compile
         return
-    to = [] if plan.splits is None else plan.splits[0].tolist()  # a CPU tensor
+    to = [] if plan.splits is None else plan.splits[0].numpy().tolist()
     most = f" (at most {max(to)} to a rank, {max(to) * len(to) / sent:.2f} times the mean)" if sent and to else ""
     row = str(sum(math.prod(leaf.shape[1:]) * leaf.itemsize for leaf in like)) if like else "unknown without like"
     LOGGER.debug(

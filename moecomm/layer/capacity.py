@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moecomm.errors import check_experts, check_slots, wrong_type, wrong_value
-from moecomm.ops.exchange.slices import all_gathered, start_all_gather, take_slice
+from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
+from moecomm.ops.exchange.slices import take_slice
 from moecomm.ops.routing.counting_sort import MOST, counting_sort
 from moecomm.parallel.dtensor import placed, routed_like, to_local
 from moecomm.parallel.group import GroupLike, resolve_group

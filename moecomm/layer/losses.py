@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.layer.capacity import count_slots
+from moecomm.ops.exchange.collectives import all_reduced
 from moecomm.ops.rows import attach_loss as ops
 from moecomm.parallel.dtensor import alike_over, check_replicated, check_whole, placed_mean, routed_like, to_local, token_groups
 from moecomm.parallel.group import Group, GroupLike, resolve_group
@@ -109,7 +110,7 @@ def z_loss(logits: Tensor) -> Tensor:
     check_whole("logits", logits)
     total, tokens = _z(to_local(logits))
     for group in token_groups(logits):
-        tokens = _all_reduced(tokens, group)
+        tokens = all_reduced(tokens, group.name)
     placements = [Replicate() if placement.is_replicate() else Partial() for placement in logits.placements]
     return DTensor.from_local(total / tokens.clamp(min=1), logits.device_mesh, placements, run_check=False)
 
@@ -170,14 +171,9 @@ def update_bias(bias: Tensor, experts: Tensor, speed: float = 1e-3, group: Group
         wrong_type("speed", type(speed).__name__, "a number")
     load = count_slots(experts, bias.shape[0]).counts  # [E]
     if ranks.size > 1:
-        load = _all_reduced(load, ranks)
+        load = all_reduced(load, ranks.name)
     behind = load.sum() - bias.shape[0] * load  # in integers: an expert at the mean stays
     return bias + speed * behind.sign().to(bias.dtype)
-
-
-def _all_reduced(counts: Tensor, group: Group) -> Tensor:
-    functional = torch.ops._c10d_functional
-    return functional.wait_tensor(functional.all_reduce(counts, "sum", group.name))
 
 
 def attach_loss(x: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:

@@ -53,6 +53,6 @@ def check_experts_of(tensors: Sequence[Tensor], local: int) -> None:
 
 def checked_rows(placement: Placement, group: Group) -> list[list[int]]:
     """The experts of each rank, checked."""
-    rows = as_tensor(placement, group.size).tolist()
+    rows = as_tensor(placement, group.size).numpy().tolist()
     check_rows(rows, max(map(max, rows)) + 1)
     return rows

@@ -9,15 +9,16 @@ from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from moecomm.errors import MoECommError
 from moecomm.ops.base.signature import FUNCTIONS, LENGTH, SIGNATURE, SIGNED, WIDTH, check_agreed, traced
-from moecomm.ops.exchange.all_to_all import messages_exchange, wait
-from moecomm.parallel.group import Group, process_group
+from moecomm.ops.exchange.collectives import wait
+from moecomm.ops.exchange.messages import gather_objects, messages_exchange, send_without_waiting
+from moecomm.ops.routing.read_sizes import read_list
+from moecomm.parallel.group import Group
 
 Result = TypeVar("Result")
 
@@ -31,7 +32,7 @@ def checksums(function: str, passed: object, device: torch.device, group: Group)
     """Of what each rank passed, by its repr: one small exchange, read by the host. Raises where a rank called another function."""
     mine = [0] * SIGNATURE + [FUNCTIONS.index(function), zlib.crc32(repr(passed).encode())]
     sent = torch.tensor([mine + [0] * (WIDTH - len(mine))], device=device).repeat(group.size, 1)  # [P, WIDTH]
-    messages = exchange_messages(sent, group, f"what the ranks passed to {function}")[:, :WIDTH].tolist()
+    messages = read_list(exchange_messages(sent, group, f"what the ranks passed to {function}")[:, :WIDTH])
     check_agreed(messages, SIGNED[:1])
     return [message[SIGNATURE + 1] for message in messages]
 
@@ -48,18 +49,15 @@ def tell_refusal(function: str, passed: object, group: Group) -> None:
         try:
             messages = torch.zeros(group.size, LENGTH, dtype=torch.int64, device=device)
             messages[:, SIGNATURE] = FUNCTIONS.index(function) + len(FUNCTIONS)
-            sent = messages.view(torch.uint8)  # [P, bytes of LENGTH]
-            dist.all_to_all_single(torch.empty_like(sent), sent, None, None, group=process_group(group.name), async_op=True)
+            send_without_waiting(messages, group.name)
             return
         except RuntimeError:  # not a device of this group's, or a group that is broken: what counts is the rank's own error
             continue
 
 
 def _gathered(passed: object, group: Group) -> list[Any]:
-    ranks: list[Any] = [None] * group.size
     with temporarily_clear_interpreter_stack():  # of torch.func, in whose transforms torch cannot read what it gathered (2.13)
-        dist.all_gather_object(ranks, passed, process_group(group.name))
-    return ranks
+        return gather_objects(passed, group.size, group.name)
 
 
 def check_same_kind(function: str, tensors: Sequence[Tensor], group: Group) -> None:

@@ -33,6 +33,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,7 +42,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moecomm.errors import wrong_value
-from moecomm.parallel.group import Group, process_group
+from moecomm.ops.base.process_group import process_group
+from moecomm.parallel.group import Group
 
 
 def to_local(x: Tensor) -> Tensor:
@@ -213,7 +215,7 @@ def _check_spanned(argument: str, x: DTensor, group: Group) -> None:
 def _spanned(mesh: DeviceMesh, group: str) -> list[bool]:
     """For each mesh dim, whether two ranks of the group differ along it. The same on all ranks, and a constant of the graph."""
     ranks = dist.get_process_group_ranks(process_group(group))
-    places = [(mesh.mesh == rank).nonzero().flatten().tolist() for rank in ranks]
+    places = [np.argwhere(mesh.mesh.numpy() == rank).flatten().tolist() for rank in ranks]
     return [len({place[i] for place in places if place}) > 1 for i in range(mesh.ndim)]
 
 
@@ -223,7 +225,7 @@ def _covered(mesh: DeviceMesh, group: str) -> list[bool]:
     ranks = dist.get_process_group_ranks(process_group(group))
     spanned = _spanned(mesh, group)
     line = math.prod(mesh.size(i) for i in range(mesh.ndim) if spanned[i])
-    within = set(ranks) <= set(mesh.mesh.flatten().tolist())
+    within = set(ranks) <= set(mesh.mesh.numpy().flatten().tolist())
     return spanned if within and line == len(ranks) else [False] * mesh.ndim
 
 

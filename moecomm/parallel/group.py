@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moecomm.errors import wrong_type, wrong_value
+from moecomm.ops.base.process_group import process_group
 
 GroupLike: TypeAlias = dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, int] | str | None
 """What every function of moecomm takes as ``group``: None is the default group, or this process alone where none is initialised."""
@@ -48,11 +49,6 @@ def resolve_group(group: GroupLike) -> Group:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         wrong_value("group", "a group that this rank is not in", "a group that contains the calling rank")
     wrong_type("group", type(group).__name__, "a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name or None")
-
-
-def process_group(name: str) -> dist.ProcessGroup:
-    """The ProcessGroup of a name that `resolve_group` gave; for ops, at run time."""
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 @torch.compiler.assume_constant_result

@@ -11,11 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from moecomm.errors import wrong_type, wrong_value
 from moecomm.layer.placement import Placement, check_experts_of, checked_rows
-from moecomm.ops.exchange.slices import all_gathered, start_all_gather
+from moecomm.ops.base.process_group import process_group
+from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
 from moecomm.ops.exchange.sync_params import by_dtype
 from moecomm.ops.routing.place_slots import upload
 from moecomm.ops.rows.rank_sum import rank_sum
-from moecomm.parallel.group import Group, GroupLike, process_group, resolve_group
+from moecomm.parallel.group import Group, GroupLike, resolve_group
 from moecomm.training.params import Params, check_device, chosen_groups, first_matches, local_part, named_groups, named_tensors
 
 EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it

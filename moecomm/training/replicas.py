@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moecomm.layer.placement import Placement, check_experts_of, checked_rows
-from moecomm.ops.exchange.slices import funcol
+from moecomm.ops.base.process_group import process_group
+from moecomm.ops.exchange.collectives import start_all_to_all, wait
 from moecomm.ops.exchange.sync_params import by_dtype
 from moecomm.ops.routing.place_slots import upload
 from moecomm.ops.rows.rank_sum import rank_sum
 from moecomm.parallel.agree import check_same_kind, check_same_placement, tell_refusal
-from moecomm.parallel.group import Group, GroupLike, process_group, resolve_group
+from moecomm.parallel.group import Group, GroupLike, resolve_group
 from moecomm.training.params import Params, as_param, check_dense_gradient, check_device, local_gradient, local_part, named_tensors
 
 
@@ -143,9 +144,9 @@ def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, 
     for bucket in buckets:
         own = torch.cat([tensor.index_select(0, slots).reshape(len(slots), tensor[0].numel()) for tensor in bucket], 1)  # [slots, W]
         message = own.index_select(0, send).view(torch.uint8)  # gloo sends bytes, but not every dtype
-        started.append((own, funcol.all_to_all_single(message, replicas.splits, replicas.splits, group.name)))
+        started.append((own, start_all_to_all(message, replicas.splits, group.name)))
     for bucket, (own, pending) in zip(buckets, started, strict=True):
-        received = funcol.wait_tensor(pending).view(own.dtype)
+        received = wait(pending).view(own.dtype)
         every = torch.cat((own, received))  # [slots + received, W]
         for which, parts in replicas.alike:
             index = _indices(sum(parts, []), device)  # [c * n]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moecomm.errors import wrong_type, wrong_value
 from moecomm.ops.exchange.sync_params import Bucket, all_reduce_buckets
+from moecomm.ops.routing.read_sizes import read_list
 from moecomm.parallel.group import Group, GroupLike, resolve_group
 from moecomm.training.params import (
     BUCKET_BYTES,
@@ -130,7 +131,7 @@ def _write_back(params: list[Tensor], grads: list[Tensor], flat: Tensor) -> None
     *pieces, flags = flat.split([*(grad.numel() for grad in grads), len(params)])
     copy_(grads, pieces)  # the parameters' own gradients, and the zeros of those that had none
     missing = [i for i, param in enumerate(params) if param.grad is None]
-    somewhere = flags.tolist() if missing else []  # a host sync, on this rank only
+    somewhere = read_list(flags) if missing else []  # on this rank only
     for i in missing:
         if somewhere[i]:
             params[i].grad = as_param(params[i], grads[i])

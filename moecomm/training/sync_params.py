@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moecomm.errors import check_tensor, wrong_type, wrong_value
 from moecomm.ops.exchange import sync_params as ops
-from moecomm.ops.exchange.all_to_all import wait
+from moecomm.ops.exchange.collectives import wait
 from moecomm.parallel.agree import check_same_kind, tell_refusal
 from moecomm.parallel.group import Group, GroupLike, resolve_group
 from moecomm.training.params import (

@@ -21,18 +21,22 @@ except ImportError:  # no Triton on this platform: CPU tensors never need it
 LIBRARY = torch.library.Library("moecomm", "FRAGMENT")
 
 
-def _checksum() -> str:
-    """Of the sources of what the compiler traces into after it has made its cache's key: the ops and DTensor's rules for them."""
-    checksum = hashlib.sha256()
-    for folder in (Path(__file__).parents[1], Path(__file__).parents[2] / "compile"):
+ROOMS = Path(__file__).parents[1], Path(__file__).parents[2] / "compile"  # the ops and DTensor's rules for them
+
+
+def checksum(*folders: Path) -> str:
+    """The checksum of all sources in the folders and below them."""
+    sources = hashlib.sha256()
+    for folder in folders:
         for path in sorted(folder.rglob("*.py")):
-            checksum.update(path.read_bytes())
-    return checksum.hexdigest()[:16]
+            sources.update(path.read_bytes())
+    return sources.hexdigest()[:16]
 
 
 # The caches of torch.compile know an op by its name alone (2.13): without this, a graph from before an upgrade would be loaded after it,
-# with the backward that its ops had then. The tag is torch's own means against that; what the user has in it stays.
-torch.compiler.config.cache_key_tag += f" moecomm {_checksum()}"
+# with the backward that its ops had then. So the key has the checksum of what the compiler traces into after it has made the key. The tag
+# is torch's own means for that; what the user has in it stays.
+torch.compiler.config.cache_key_tag += f" moecomm {checksum(*ROOMS)}"
 
 
 def jit(kernel: Callable[..., Any] | None = None, *, varies: Sequence[str] = ()) -> Any:

@@ -3,7 +3,7 @@
 Costs (token, rank) pairs x D elements on the wire, each way, and one private send buffer of as many: private, because the compiler
 reuses the memory of an op's input while the exchange is still in flight. Every op here returns as soon as the exchange is started;
 `wait` gives the result. `dispatch_exchange` and `combine_exchange` are each other's mirror; `dispatch_combine.py` and `slots.py` join them
-to the backward. `messages_exchange` sends a short row to each rank: counts, what ranks must agree on, and slots where they are few.
+to the backward.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moecomm.ops.base.signature import ROOM
+from moecomm.ops.base.process_group import process_group
 from moecomm.ops.exchange.start_op import define_start, in_backward, register
 from moecomm.ops.rows.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.rows.weighted_sum import weighted_sum_cpu, weighted_sum_triton
-from moecomm.parallel.group import process_group
 
 DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor? splits, SymInt received, str group) -> Tensor"
 COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor? splits, SymInt pairs, str group) -> Tensor"
-MESSAGES = "messages_exchange(Tensor messages, Tensor? few, str what, str group) -> Tensor"
 RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) -> Tensor"
 
 
@@ -37,7 +35,7 @@ def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group:
         raise
     if send.shape[1:].numel() == 0:
         return received  # no bytes on any rank
-    out, into = (None, None) if splits is None else (splits[direction].tolist(), splits[1 - direction].tolist())  # a CPU tensor: no sync
+    out, into = (None, None) if splits is None else (splits[direction].numpy().tolist(), splits[1 - direction].numpy().tolist())
     ranks = process_group(group)
     work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=ranks, async_op=True)
     register(received, work, what, ranks, send)
@@ -47,21 +45,6 @@ def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group:
 def _bytes(rows: Tensor) -> Tensor:
     """The rows as bytes: what a backend can send does not depend on their dtype."""
     return rows.view(rows.shape[0], -1).view(torch.uint8) if rows.shape[0] else rows.new_empty(0, dtype=torch.uint8)
-
-
-def wait(pending: Tensor) -> Tensor:
-    """What a started exchange brought."""
-    return torch.ops._c10d_functional.wait_tensor(pending)
-
-
-def messages_fake(messages: Tensor, few: Tensor | None, what: str, group: str) -> Tensor:
-    return messages.new_empty(messages.shape[0], messages.shape[1] + ROOM)
-
-
-def send_messages(messages: Tensor, few: Tensor | None, what: str, group: str) -> Tensor:
-    """Row p of messages [P, ...], and of few [P, ROOM], goes to rank p; without few zeros do, for all messages are as long."""
-    room = messages.new_zeros(messages.shape[0], ROOM) if few is None else few
-    return start(torch.cat((messages, room), 1), messages.shape[0], None, 0, group, what)
 
 
 def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:
@@ -111,6 +94,5 @@ def return_rows(rows: Tensor, splits: Tensor | None, pairs: int, group: str) -> 
 
 
 dispatch_exchange = define_start(DISPATCH, dispatch_fake, dispatch_cpu, dispatch_triton)
-messages_exchange = define_start(MESSAGES, messages_fake, send_messages, send_messages)
 combine_exchange = define_start(COMBINE, combine_fake, combine_cpu, combine_triton)
 return_exchange = define_start(RETURN, return_fake, return_rows, return_rows)

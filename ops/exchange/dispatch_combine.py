@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange, wait
+from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange
+from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.slices import define_function
 from moecomm.ops.exchange.there_and_home import there
 from moecomm.ops.rows.gather import gather

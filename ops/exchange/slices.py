@@ -15,10 +15,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moecomm.errors import wrong_value
 from moecomm.ops.base.library import LIBRARY, define
+from moecomm.ops.base.process_group import process_group
+from moecomm.ops.exchange.collectives import all_gathered, start_all_gather, start_all_to_all, wait
 from moecomm.ops.rows.rank_sum import rank_sum
-from moecomm.parallel.group import process_group
-
-funcol = torch.ops._c10d_functional  # each starts an exchange and registers its Work; wait_tensor waits
 
 
 def chunk_size(size: int, ranks: int) -> int:
@@ -88,26 +87,16 @@ def pad_slice_here(piece: Tensor, size: int, ranks: int, group: str) -> Tensor:
 pad_slice = define("pad_slice(Tensor piece, SymInt size, int ranks, str group) -> Tensor", pad_slice_fake, pad_slice_here, pad_slice_here)
 
 
-def start_all_gather(chunk: Tensor, ranks: int, group: str) -> Tensor:
-    """Start to gather the equal chunks of all ranks: [chunk, ...] -> a flat buffer of bytes, to be finished by `all_gathered`."""
-    return funcol.all_gather_into_tensor(chunk.reshape(-1).view(torch.uint8), ranks, group)  # gloo sends bytes, but not every dtype
-
-
-def all_gathered(pending: Tensor, chunk: Tensor, ranks: int) -> Tensor:
-    """Wait for what `start_all_gather` began for ``chunk``: [ranks * chunk, ...]."""
-    return funcol.wait_tensor(pending).view(chunk.dtype).view(ranks * chunk.shape[0], *chunk.shape[1:])
-
-
 def start_reduce(whole: Tensor, ranks: int, group: str) -> Tensor:
     """Start to send each rank its chunk of ``whole`` [size, ...]; to be finished by `reduced`."""
     chunk = chunk_size(whole.shape[0], ranks)
     padded = pad_rows(whole, ranks * chunk)  # [ranks * chunk, ...], equal for all ranks: each may know it
-    return funcol.all_to_all_single(padded, [chunk] * ranks, [chunk] * ranks, group)
+    return start_all_to_all(padded, [chunk] * ranks, group)
 
 
 def reduced(pending: Tensor, ranks: int) -> Tensor:
     """Wait for what `start_reduce` began and add it up: [chunk, ...]."""
-    parts = funcol.wait_tensor(pending)  # [ranks * chunk, ...]
+    parts = wait(pending)  # [ranks * chunk, ...]
     chunk = parts.shape[0] // ranks
     return rank_sum(parts.view(ranks, -1), 1, False).view(chunk, *parts.shape[1:])
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.ops.exchange.all_to_all import start, wait
+from moecomm.ops.exchange.all_to_all import start
+from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.slices import define_function
 from moecomm.ops.exchange.start_op import define_start
 from moecomm.ops.exchange.there_and_home import home
@@ -39,7 +40,7 @@ def send_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, loc
 
 def _early(messages: Tensor | None, few: Tensor | None) -> Tensor | None:
     """The messages, where the slots came in them; ``few`` is on the CPU: no sync."""
-    return messages if few is not None and few.tolist() == [True] else None
+    return messages if few is not None and few.numpy().tolist() == [True] else None
 
 
 def send_cpu(

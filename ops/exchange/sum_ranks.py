@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.ops.exchange.slices import all_gathered, define_function, reduced, start_all_gather, start_reduce
+from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
+from moecomm.ops.exchange.slices import define_function, reduced, start_reduce
 
 
 def total(x: Tensor, ranks: int, group: str) -> Tensor:

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecomm.ops.base.library import LIBRARY, define
-from moecomm.ops.exchange.slices import all_gathered, chunk_size, funcol, start_all_gather
+from moecomm.ops.base.process_group import process_group
+from moecomm.ops.exchange.collectives import all_gathered, start_all_gather, start_all_to_all, wait
+from moecomm.ops.exchange.slices import chunk_size
 from moecomm.ops.exchange.start_op import define_start, register
 from moecomm.ops.rows.rank_sum import rank_sum
-from moecomm.parallel.group import process_group
 
 START = "start_broadcast(Tensor[] tensors, int src, str group) -> Tensor"
 SPLIT = "split_copy(Tensor flat, SymInt[] sizes) -> Tensor[]"
@@ -90,7 +91,7 @@ def all_reduce_buckets(buckets: Sequence[Bucket], before: bool = False) -> list[
     exchanged = [_start_exchange(flat, bucket.ranks, bucket.group) for flat, bucket in zip(flats, buckets, strict=True)]
     sums, gathered = [], []
     for flat, parts, bucket in zip(flats, exchanged, buckets, strict=True):
-        mine = funcol.wait_tensor(parts).view(flat.dtype).view(bucket.ranks, -1)  # [P, chunk], part p from rank p
+        mine = wait(parts).view(flat.dtype).view(bucket.ranks, -1)  # [P, chunk], part p from rank p
         sums.append(rank_sum(mine, bucket.divisor, before))  # [chunk]
         gathered.append(start_all_gather(sums[-1], bucket.ranks, bucket.group))
     arriving = zip(gathered, sums, buckets, strict=True)
@@ -110,8 +111,7 @@ def _padded(tensors: Sequence[Tensor], ranks: int) -> Tensor:
 
 def _start_exchange(flat: Tensor, ranks: int, group: str) -> Tensor:
     """Start to send each rank its chunk, as bytes."""
-    split = [flat.numel() // ranks * flat.itemsize] * ranks
-    return funcol.all_to_all_single(flat.view(torch.uint8), split, split, group)
+    return start_all_to_all(flat.view(torch.uint8), [flat.numel() // ranks * flat.itemsize] * ranks, group)
 
 
 class _SyncParams(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _SyncParams(torch.autograd.Function):
         started = [start_broadcast([params[i] for i in bucket], src, group) for bucket in buckets]
         synced = list(params)
         for bucket, flat in zip(buckets, started, strict=True):
-            _put(synced, bucket, funcol.wait_tensor(flat))
+            _put(synced, bucket, wait(flat))
         return tuple(synced)
 
     @staticmethod

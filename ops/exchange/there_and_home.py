@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.ops.exchange.all_to_all import dispatch_exchange, return_exchange, wait
+from moecomm.ops.exchange.all_to_all import dispatch_exchange, return_exchange
 from moecomm.ops.exchange.all_to_all_wire import wire_exchange
+from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.slices import define_function
 from moecomm.ops.rows.dequantize import dequantize
 from moecomm.ops.rows.quantize import quantize

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moecomm.errors import wrong_value
 from moecomm.ops.base.library import define, jit, tl
-from moecomm.parallel.group import process_group
+from moecomm.ops.base.process_group import process_group
 
 TABLE = "placement_table(Tensor placement, int num_experts, Device device) -> (Tensor, SymInt)"
 PLACE = "place(Tensor experts, Tensor table, int num_experts, int ranks, str group) -> (Tensor, Tensor)"
@@ -34,7 +34,7 @@ def table_cpu(placement: Tensor, num_experts: int, device: torch.device) -> tupl
 
     An op, so that a graph need not know the placement, which may change as training goes on; and so that it is checked there as well.
     """
-    rows = placement.tolist()
+    rows = placement.numpy().tolist()
     check_rows(rows, num_experts)
     flat = placement.flatten().long()
     starts = torch.bincount(flat, minlength=num_experts).cumsum(0)

@@ -1,28 +1,72 @@
-"""(sizes, splits, few) = what `plan_sizes` gives, with (S, R, N) as a tensor on the CPU: for graphs that leave the process.
+"""(S, R, N, splits, few) = the sums of the messages' pairs and slots; splits[0] = pairs to each rank, splits[1] = pairs from each.
 
-torch.export writes down, and AOTInductor calls, ops whose results are tensors alone (torch 2.13); `moecomm.compile.export` puts this op
-and three reads of a number in the place of `plan_sizes`. Costs what that costs: the one copy from the device. Integers only: no backward.
+``few`` says whether the slots of every rank came with the messages. splits and few are CPU tensors.
+
+This file alone reads from the device. `plan_sizes` costs one copy of the numbers of 2 * P messages, whatever T and E are. It raises the
+same error on every rank where signatures differ, an expert id is out of range, or int32 indices cannot number the slots.
+`read_sizes` is the same with (S, R, N) as one CPU tensor, for graphs that leave the process: torch.export writes down, and AOTInductor
+calls, ops whose results are tensors alone (torch 2.13). `checked`, for static mode, raises the same errors and returns the keys: what
+follows needs them, so no compiler removes the check. `read_list` is for code outside a layer's step. Integers only: no backward.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecomm.ops.base.library import define
-from moecomm.ops.routing import plan_sizes as plan_sizes
+from moecomm.ops.base.signature import PAIRS, SLOTS, WIDTH, check_routing
+from moecomm.ops.routing.counting_sort import MOST
 
-SCHEMA = "read_sizes(Tensor sent, Tensor received) -> (Tensor, Tensor, Tensor)"
-
-
-def sizes_fake(sent: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = torch.empty(3, dtype=torch.int64, device="cpu")  # S, R, N
-    return sizes, torch.empty(2, sent.shape[0], dtype=torch.int64, device="cpu"), torch.empty(1, dtype=torch.bool, device="cpu")
+READ = "read_sizes(Tensor sent, Tensor received) -> (Tensor, Tensor, Tensor)"
+CHECKED = "checked(Tensor received, Tensor keys) -> Tensor"
+SCHEMA = "plan_sizes(Tensor sent, Tensor received) -> (SymInt, SymInt, SymInt, Tensor, Tensor)"
 
 
-def sizes(sent: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    *numbers, splits, few = plan_sizes.sizes(sent, received)
+def read_list(tensor: Tensor) -> list[Any]:
+    """The tensor's values, as nested lists: the host waits for the device."""
+    return tensor.tolist()
+
+
+def sizes_fake(sent: Tensor, received: Tensor) -> tuple[torch.SymInt, torch.SymInt, torch.SymInt, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    sizes = context.new_dynamic_size(), context.new_dynamic_size(), context.new_dynamic_size()
+    return *sizes, *_splits_and_few(sent.shape[0])
+
+
+def _splits_and_few(ranks: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(2, ranks, dtype=torch.int64, device="cpu"), torch.empty(1, dtype=torch.bool, device="cpu")
+
+
+def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor, Tensor]:
+    both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: the host sync of a layer
+    out, messages = [row[0] for row in both], [row[1:] for row in both]
+    check_routing(messages, MOST)
+    pairs = [out, [message[PAIRS] for message in messages]]
+    few = all(message[WIDTH:] == [1] for message in messages)  # a group of one sends none
+    return sum(pairs[0]), sum(pairs[1]), sum(message[SLOTS] for message in messages), torch.tensor(pairs), torch.tensor([few])
+
+
+def read_fake(sent: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(3, dtype=torch.int64, device="cpu"), *_splits_and_few(sent.shape[0])
+
+
+def read(sent: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    *numbers, splits, few = sizes(sent, received)
     return torch.tensor(numbers), splits, few
 
 
-read_sizes = define(SCHEMA, sizes_fake, sizes, sizes)
+def checked_fake(received: Tensor, keys: Tensor) -> Tensor:
+    return torch.empty_like(keys)
+
+
+def check(received: Tensor, keys: Tensor) -> Tensor:
+    check_routing(read_list(received[:, :WIDTH]), None)
+    return keys.clone()  # an op may not give back its input
+
+
+plan_sizes = define(SCHEMA, sizes_fake, sizes, sizes)
+read_sizes = define(READ, read_fake, read, read)
+checked = define(CHECKED, checked_fake, check, check)

@@ -47,7 +47,7 @@ def few_cpu(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: i
 def take_cpu(messages: Tensor, splits: Tensor, width: int) -> Tensor:
     """[R, width]: the slots that came, of the rows that come from each rank."""
     rooms = messages.view(torch.uint8)[:, FIRST:]
-    return torch.cat([room[: count * width] for room, count in zip(rooms, splits[1].tolist(), strict=True)]).view(-1, width)
+    return torch.cat([room[: count * width] for room, count in zip(rooms, splits[1].numpy().tolist(), strict=True)]).view(-1, width)
 
 
 @jit

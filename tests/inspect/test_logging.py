@@ -81,7 +81,7 @@ def logged_here() -> tuple[list[str], list[str], list[str]]:
 def test_a_line_says_how_uneven_the_ranks_are_and_costs_no_exchange_and_no_read() -> None:
     static = "pairs sent S 4, received R 4; rows N 8; bytes a row unknown without like; static: S, R and N count padding"
     (first, *costs), (second, *other_costs) = run_ranks(logged_here, 2)
-    assert costs == other_costs == [["all_to_all_single"], ["plan_sizes", "tolist"]]  # of the splits, which are on the CPU
+    assert costs == other_costs == [["all_to_all_single"], ["plan_sizes", "numpy"]]  # of the splits, which are on the CPU
     assert first == [
         "plan on 2 ranks: T 3, K 2, E 4; pairs sent S 4 (at most 2 to a rank, 1.00 times the mean), received R 2; rows N 3; bytes a row 16",
         f"plan on 2 ranks: T 3, K 2, E 4; {static}",

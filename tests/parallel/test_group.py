@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import moecomm.functional as mf
-from moecomm.parallel.group import ALONE, process_group, resolve_group
+from moecomm.ops.base.process_group import process_group
+from moecomm.parallel.group import ALONE, resolve_group
 from tests.spawn import run_ranks
 
 

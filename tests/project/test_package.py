@@ -6,7 +6,6 @@ import inspect
 import shutil
 import subprocess
 import sys
-import sysconfig
 import typing
 import venv
 import zipfile
@@ -22,8 +21,8 @@ LAYER = """
 import importlib, sys
 import torch
 import moecomm, moecomm.functional as mf
-for name in ("moecomm", "moecomm.functional", "moecomm.ops", "moecomm.compile"):
-    print(importlib.import_module(name).__file__)
+for name in ("", ".functional", ".mesh", ".layer", ".ops", ".ops.exchange", ".compile", ".compile.report"):
+    print(importlib.import_module("moecomm" + name).__file__)
 experts, weights = torch.tensor([[0, 1], [1, -1]]), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
 plan = mf.plan(experts, weights, num_experts=2)
 y = mf.combine(mf.dispatch(torch.eye(2), plan), plan)
@@ -37,29 +36,61 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
-    # The build leaves its litter beside what it builds: so it builds a copy.
-    source, wheels, environment = tmp_path / "source", tmp_path / "wheels", tmp_path / "environment"
+def copy_of_the_checkout(folder: Path) -> Path:
+    """A build leaves its litter beside what it builds: so it builds a copy."""
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
-    shutil.copytree(CHECKOUT, source, ignore=ignored)
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, source, cwd=tmp_path)
+    return Path(shutil.copytree(CHECKOUT, folder, ignore=ignored))
+
+
+def environment_with_torch(folder: Path) -> tuple[Path, Path]:
+    """A new environment's Python and its site-packages. It has this one's packages, but not its moecomm.
+
+    A path in a .pth file is not searched for .pth files, and an editable moecomm is one.
+    """
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
+    (site / "with_torch.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
+    return python, site
+
+
+def sources(folder: Path) -> set[str]:
+    """Every source of the library in a checkout, by its path in the installed package."""
+    rooms = {"moecomm": "", "ops": "ops/", "compile": "compile/"}
+    return {
+        f"moecomm/{inside}{path.relative_to(folder / room)}" for room, inside in rooms.items() for path in (folder / room).rglob("*.py")
+    }
+
+
+@pytest.mark.slow
+def test_a_wheel_made_of_the_sdist_has_every_source_and_works_outside_the_checkout(tmp_path: Path) -> None:
+    source, built, wheels, environment = (tmp_path / name for name in ("source", "built", "wheels", "environment"))
+    copy_of_the_checkout(source)
+    run(sys.executable, "-c", f"import setuptools.build_meta as build; build.build_sdist({str(built)!r})", cwd=source)
+    [sdist] = built.iterdir()
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, sdist, cwd=tmp_path)
     [wheel] = wheels.iterdir()
-    folders = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert folders == {"moecomm", f"moecomm-{moecomm.__version__}.dist-info"}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"moecomm", f"moecomm-{moecomm.__version__}.dist-info"}
+    assert {name for name in names if name.endswith(".py")} == sources(CHECKOUT)
 
-    venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    python, site = environment_with_torch(environment)
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-
-    # torch comes from this environment; a path in a .pth file is not searched for .pth files, so that its editable moecomm does not.
-    (site / "with_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
     for path in run(python, "-c", LAYER, cwd=tmp_path).split():
         assert Path(path).is_relative_to(environment)
     shutil.rmtree(site / "moecomm")
     hidden = subprocess.run([str(python), "-c", "import moecomm"], cwd=tmp_path, capture_output=True, text=True)
     assert "ModuleNotFoundError: No module named 'moecomm'" in hidden.stderr  # it was the wheel's, and nothing else's
+
+
+@pytest.mark.slow
+def test_an_editable_install_runs_the_checkout(tmp_path: Path) -> None:
+    source = copy_of_the_checkout(tmp_path / "source")
+    python, _ = environment_with_torch(tmp_path / "environment")
+    options = ("--no-deps", "--no-build-isolation", "--no-index")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, "-e", source, cwd=tmp_path)
+    for path in run(python, "-c", LAYER, cwd=tmp_path).split():
+        assert Path(path).is_relative_to(source)
 
 
 IMPORTS = """

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch._subclasses import FakeTensorMode
 
-from moecomm.ops.base.library import define
+from moecomm.ops.base.library import ROOMS, checksum, define
 
 CHECKOUT = Path(__file__).parents[3]
 COMPILED = """
@@ -43,6 +43,20 @@ def test_an_op_whose_backward_has_changed_is_compiled_anew(tmp_path: Path) -> No
         tags.append(checksum)
         source.write_text(changed)
     assert tags[0] != tags[1]
+
+
+def test_the_key_of_compile_caches_depends_on_every_source_of_the_ops(tmp_path: Path) -> None:
+    copies = [shutil.copytree(room, tmp_path / room.name) for room in ROOMS]
+    key = checksum(*copies)
+    assert torch.compiler.config.cache_key_tag.endswith(f" moecomm {key}")
+    sources = [path for copy in copies for path in copy.rglob("*.py")]
+    assert {path.parent.name for path in sources} >= {"ops", "base", "routing", "rows", "exchange", "compile"}
+    for path in sources:
+        before = path.read_bytes()
+        path.write_bytes(before + b"#")  # one byte more
+        assert checksum(*copies) != key, path
+        path.write_bytes(before)
+    assert checksum(*copies) == key
 
 
 def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.ops.base.signature import ROOM
-from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange, messages_exchange, return_exchange, wait
+from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange, return_exchange
+from moecomm.ops.exchange.collectives import wait
+from moecomm.ops.exchange.messages import messages_exchange
 from tests.ops.cases import IN_FLIGHT, assert_within_rounding, seeded
 from tests.spawn import run_ranks
 

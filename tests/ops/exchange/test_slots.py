@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.ops.base.signature import signature
-from moecomm.ops.exchange.all_to_all import messages_exchange, wait
+from moecomm.ops.exchange.collectives import wait
+from moecomm.ops.exchange.messages import messages_exchange
 from moecomm.ops.exchange.slots import exchange_slots, slots_exchange
 from moecomm.ops.routing.count_pairs import count
 from moecomm.ops.routing.counting_sort import bounded_sort, counting_sort
 from moecomm.ops.routing.drop_overflow import fit
-from moecomm.ops.routing.plan_sizes import plan_sizes
+from moecomm.ops.routing.read_sizes import plan_sizes
 from moecomm.ops.routing.slots_with_counts import few_slots
 from tests.ops.cases import (
     COMPOSED,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from moecomm.ops.exchange.all_to_all import wait
+from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.sync_params import all_reduce, split_copy, start_broadcast, sync_params
 from tests.ops.cases import COMPOSED, FLOATS, IN_FLIGHT, assert_within_rounding, seeded
 from tests.spawn import run_ranks
