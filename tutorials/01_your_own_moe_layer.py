@@ -3,12 +3,12 @@
     python tutorials/01_your_own_moe_layer.py
     torchrun --nproc-per-node 2 tutorials/01_your_own_moe_layer.py
 
-moecomm has no layer to inherit from. It has functions, and a layer is a few lines between them.
+moecomm has no layer class. It has functions, and you write a layer in a few lines between them.
 """
 
 # %% The task
-# Points come from eight clusters, and each cluster has a linear map of its own. One small network must squeeze eight maps into its
-# hidden dim; experts can share them out, if the gate finds out which cluster a point is from.
+# Points come from eight clusters. Each cluster has its own linear map. One small network must fit all eight maps into its hidden dim.
+# Experts can divide the maps among themselves, if the gate learns which cluster a point is from.
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ def points(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 # %% A dense layer
-# The usual one: every token passes through the same two matrices.
+# Every token passes through the same two matrices.
 
 
 class Dense(nn.Module):
@@ -42,9 +42,9 @@ class Dense(nn.Module):
 
 
 # %% A Mixture-of-Experts layer
-# The gate scores the experts, `route` chooses K of them for each token, and `plan` finds out who gets which token. `dispatch` brings the
-# tokens to the experts: this rank gets the rows of its own experts, grouped, so that one grouped matrix product does the work.
-# `combine` brings the results home and adds them up with the gate's weights. Gradients take the same way back.
+# The gate scores the experts. `route` chooses K experts for each token, and `plan` decides which rank gets which token. `dispatch` sends
+# the tokens: each rank gets the rows of its own experts, grouped by expert, ready for one grouped matrix product. `combine` sends the
+# results back and adds them up with the gate's weights. Gradients travel the same way in reverse.
 
 
 class MoE(nn.Module):
@@ -52,13 +52,13 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = nn.Linear(D, EXPERTS, bias=False)
         into, out = torch.randn(EXPERTS, D, HIDDEN) / D**0.5, torch.randn(EXPERTS, HIDDEN, D) / HIDDEN**0.5
-        # Each rank keeps its share of the experts: all of them, on one process.
+        # Each rank keeps its share of the experts. One process keeps all of them.
         self.into, self.out = (nn.Parameter(w.chunk(ranks)[rank].clone()) for w in (into, out))  # [L, D, HIDDEN], [L, HIDDEN, D]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.gate(x)  # [T, E]
         weights, experts = mf.route(logits, TOP_K)  # [T, K] each
-        plan = mf.plan(experts, weights, EXPERTS)  # the default group: all ranks, or this process alone
+        plan = mf.plan(experts, weights, EXPERTS)  # default group: all ranks, or only this process
         rows = mf.dispatch(x, plan)  # [N, D]
         rows = product(F.silu(product(rows, self.into, plan.offsets)), self.out, plan.offsets)  # [N, D]
         balance = mf.load_balance_loss(logits.softmax(-1), experts, group=None)
@@ -66,18 +66,18 @@ class MoE(nn.Module):
 
 
 def product(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """Each expert's rows times its own matrix, all at once; torch multiplies groups in bfloat16."""
+    """Multiply the rows of each expert by its matrix, in one call. torch's grouped_mm needs bfloat16."""
     return F.grouped_mm(rows.bfloat16(), weights.bfloat16(), offs=offsets).float()
 
 
 # %% Training
-# Nothing here knows of experts but one line: an expert's gradient is already the sum over all ranks' tokens, since they came to it;
-# the gate is on every rank, and its gradients are still to be added up.
+# Only the line that picks `shared` knows about experts. An expert's gradient is complete: the tokens of all ranks came to it.
+# The gate is on every rank, so `sync_grads_` adds up its gradients.
 
 
 def train(layer: nn.Module, ranks: int, rank: int) -> float:
-    """The error on fresh points after training; every rank sees its share of each batch."""
-    step = torch.compile(layer, fullgraph=True)  # one graph, whatever the routing
+    """Train, and return the error on new points. Each rank sees its share of each batch."""
+    step = torch.compile(layer, fullgraph=True)  # one graph for any routing
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
@@ -96,8 +96,8 @@ def train(layer: nn.Module, ranks: int, rank: int) -> float:
 
 
 # %% The comparison
-# Both layers compute as much for a token: the dense one is as wide as the K experts together. On two ranks the numbers are
-# those of one process, up to rounding.
+# Both layers do the same amount of work per token: the dense layer is as wide as K experts together. Two ranks give the numbers of
+# one process, up to rounding.
 
 
 def main() -> dict[str, float]:

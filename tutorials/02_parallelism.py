@@ -1,12 +1,12 @@
-"""Every way to train a Mixture-of-Experts layer in parallel, on four processes, each compared with one process.
+"""Train a Mixture-of-Experts layer in parallel in every way, on four processes. Each way is compared with one process.
 
     torchrun --nproc-per-node 4 tutorials/02_parallelism.py
 
-It prints how far each way is from one process, and draws who holds what: runs/parallelism.png.
+The script prints how much each way differs from one process. It draws which rank holds what: runs/parallelism.png.
 """
 
 # %% The layer
-# One layer serves all ways. What changes is which tokens and which weights a rank passes in, and over which group the plan is made.
+# All ways use the same layer. They differ in three inputs: a rank's tokens, its weights, and the group of the plan.
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,22 +22,22 @@ from moecomm.mesh import MoEMesh, moe_mesh
 from moecomm.parallel.group import GroupLike
 
 T, D, H, E, K, RANKS = 24, 8, 16, 8, 2, 4
-ALONE = ""  # the group of this process alone: a plan over it sends nothing
+ALONE = ""  # the group of only this process: its plan sends nothing
 
 
 def layer(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, group: GroupLike, placement: list[list[int]] | None = None) -> Tensor:
-    """x [T, D] -> [T, D], through into [L, D, H] and out [L, H, D]."""
+    """An MoE layer: x [T, D] -> [T, D], with the weights into [L, D, H] and out [L, H, D] of this rank's experts."""
     weights, experts = mf.route(x @ gate, K)
     plan = mf.plan(experts, weights, E, group, placement=placement)
     rows = mf.dispatch(x, plan)  # [N, D]
     ends = torch.arange(rows.shape[0], dtype=torch.int32)
-    expert = torch.searchsorted(plan.offsets, ends, right=True)  # [N]; in float64, for which grouped_mm has no kernel
+    expert = torch.searchsorted(plan.offsets, ends, right=True)  # [N]; grouped_mm has no float64 kernel
     rows = torch.einsum("nh,nhd->nd", F.silu(torch.einsum("nd,ndh->nh", rows, into[expert])), out[expert])
     return mf.combine(rows, plan)
 
 
 # %% One process
-# The whole batch and all weights. The loss is a sum over the tokens, so that the gradients of parts of the batch add up.
+# One process has the whole batch and all weights. The loss is a sum over the tokens, so the gradients of parts of the batch add up.
 
 torch.manual_seed(0)
 X, GATE, G = (torch.randn(shape, dtype=torch.float64) for shape in ((T, D), (D, E), (T, D)))
@@ -49,7 +49,7 @@ def leaf(part: Tensor) -> Tensor:
 
 
 def one_process(layers: int = 1) -> list[Tensor]:
-    """The output, and the gradients of the gate and of the experts' weights."""
+    """The reference: the output, and the gradients of the gate and of the experts' weights."""
     x, gate, into, out = X, leaf(GATE), leaf(INTO), leaf(OUT)
     for _ in range(layers):
         x = layer(x, gate, into, out, ALONE)
@@ -58,7 +58,7 @@ def one_process(layers: int = 1) -> list[Tensor]:
 
 
 # %% Data parallel
-# Every rank has all experts, and a quarter of the tokens. Nothing is sent but the gradients.
+# Every rank has all experts and a quarter of the tokens. The ranks send only gradients.
 
 
 def data(mesh: MoEMesh) -> list[Tensor]:
@@ -70,8 +70,8 @@ def data(mesh: MoEMesh) -> list[Tensor]:
 
 
 # %% Expert parallel, and repeated over expert-data ranks
-# Each rank of ep has a part of the experts, and tokens travel to them: an expert's gradient is whole, since its tokens came to it. Over
-# edp, where the same experts stand again, it is added up.
+# Each ep rank has a part of the experts, and the tokens travel to them. So an expert's gradient covers all tokens of the ep group. The edp
+# ranks have the same experts, and add up their gradients.
 
 
 def expert(mesh: MoEMesh) -> list[Tensor]:
@@ -84,7 +84,7 @@ def expert(mesh: MoEMesh) -> list[Tensor]:
 
 
 # %% Tensor parallel experts
-# Each rank has a part of every expert's hidden dim, and all tokens. What they compute are parts of a sum.
+# Each rank has all tokens, and a part of every expert's hidden dim. The ranks compute parts of a sum.
 
 
 def tensor(mesh: MoEMesh) -> list[Tensor]:
@@ -96,7 +96,8 @@ def tensor(mesh: MoEMesh) -> list[Tensor]:
 
 
 # %% Slices
-# All ranks have the same tokens, as after a tensor-parallel dense layer. Each takes a slice to the experts, and all get the whole again.
+# All ranks have the same tokens, as after a tensor-parallel dense layer. Each rank sends one slice to the experts. Then all ranks gather
+# the whole again.
 
 
 def slices(mesh: MoEMesh) -> list[Tensor]:
@@ -109,7 +110,8 @@ def slices(mesh: MoEMesh) -> list[Tensor]:
 
 
 # %% Placement
-# Experts where you want them, and hot ones on two ranks: here 0, 1, 2 and 6. The gradients of the two are added up.
+# You choose which rank holds which experts. Busy experts can be on two ranks: here 0, 1, 2 and 6. The gradients of both replicas are
+# added up.
 
 PLACEMENT = [[7, 0, 3], [2, 5, 1], [4, 1, 6], [6, 0, 2]]
 
@@ -127,7 +129,7 @@ def placed(mesh: MoEMesh) -> list[Tensor]:
 
 
 # %% Pipeline
-# Two stages of two expert-parallel ranks. The gate of a stage is on its ranks, and its gradients are added up over these.
+# The pipeline has two stages of two expert-parallel ranks. Each stage has its own gate, and its ranks add up the gate's gradients.
 
 
 class Stage(nn.Module):
@@ -150,12 +152,12 @@ def pipeline(mesh: MoEMesh) -> list[Tensor]:
     y = mf.slice_gather(y.detach(), ep) if stage.is_last else torch.zeros_like(X)
     mf.sync_grads_({"gate": module.gate}, ep, reduce="sum")
     grads = [module.gate.grad, mf.slice_gather(module.into.grad, ep), mf.slice_gather(module.out.grad, ep)]
-    # The reference uses the same weights in both layers: its gradients are the sum of the stages'.
+    # The reference uses the same weights in both layers, so its gradients are the sum over the stages.
     return [mf.slice_gather(y[None], pp).sum(0), *(mf.slice_gather(grad[None], pp).sum(0) for grad in grads)]
 
 
 # %% All of them
-# For each: the function, the mesh, the layers, and what a rank holds: its tokens, its experts, and how much of their hidden dim.
+# Each way has a function, a mesh, a number of layers, and what each rank holds: tokens, experts, and a part of the experts' hidden dim.
 
 
 def part(whole: int, parts: int, mine: int) -> range:
@@ -174,7 +176,7 @@ WAYS: dict[str, tuple[Callable[[MoEMesh], list[Tensor]], dict[str, int], int, Ca
 
 
 def draw(file: Path) -> None:
-    """A row a way: the tokens that each rank has, and the experts' weights, of which each rank has the coloured ones."""
+    """Draw one row per way: left the tokens of each rank, right the experts' weights. Colors show what a rank holds."""
     import matplotlib
 
     matplotlib.use("Agg")

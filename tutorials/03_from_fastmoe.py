@@ -1,10 +1,10 @@
-"""From FastMoE to moecomm: each concept of FastMoE beside its function here, and a training that uses all of them.
+"""From FastMoE to moecomm: a table of FastMoE's concepts and the functions that replace them, and a training that uses all of them.
 
     python tutorials/03_from_fastmoe.py
     torchrun --nproc-per-node 4 tutorials/03_from_fastmoe.py
 
-FastMoE: https://github.com/laekov/fastmoe. There, a layer knows its groups and a wrapper knows the parameters' groups; here, each function
-is told its group when it is called, and nothing is kept between two calls.
+FastMoE: https://github.com/laekov/fastmoe. In FastMoE, a layer stores its groups, and a wrapper stores the groups of the parameters. In
+moecomm, each call of a function names its group. Nothing is stored between two calls.
 """
 
 # %% The table
@@ -19,30 +19,30 @@ import moecomm.functional as mf
 
 TABLE = """
 FastMoE                                         moecomm
-FMoE(num_expert=L, world_size=P)                plan(experts, weights, num_experts=L * P, group): all ranks' experts are counted
+FMoE(num_expert=L, world_size=P)                plan(experts, weights, num_experts=L * P, group): counts the experts of all ranks
 moe_group                                       the group of plan
-MOEScatter, MOEGather                           dispatch(x, plan), combine(rows, plan); a pytree x works as well
-expert_fn(x, fwd_expert_count)                  your own code between the two; plan.offsets are the ends of each expert's rows
+MOEScatter, MOEGather                           dispatch(x, plan), combine(rows, plan); x may be a pytree
+expert_fn(x, fwd_expert_count)                  your own code between the two; plan.offsets: where each expert's rows end
 NaiveGate                                       route(logits, k)
-GShardGate, SwitchGate                          limit_by_capacity, load_balance_loss; or update_bias, without a loss
-slice_group (mp_group)                          slice_scatter before, slice_gather after; no remainder is dropped
-mask                                            -1 in experts: the token goes nowhere
+GShardGate, SwitchGate                          limit_by_capacity, load_balance_loss; or update_bias, which needs no loss
+slice_group (mp_group)                          slice_scatter before, slice_gather after; uneven sizes drop nothing
+mask                                            -1 in experts: the slot is dropped
 DistributedGroupedDataParallel(need_sync=True)  sync_params_(params, group), once
 allreduce_params()                              sync_grads_(params, group), after each backward
   no_scale, reduce_after, fp32_allreduce        reduce="sum", scale="after", always
 dp_group, gate_group, expert_dp_comm            the group of each call of sync_grads_
-expert_dp_comm="none"                           no call: the experts of the moe_group are all different
+expert_dp_comm="none"                           no call: all experts of the moe_group differ
 """
 
 # %% The layer
-# FMoE.forward, as functions. The ranks of the slice group hold the same tokens, and each takes a slice of them to the experts; 13 tokens
-# on 2 ranks are 7 and 6.
+# This is FMoE.forward, written with functions. The ranks of the slice group have the same tokens. Each rank sends one slice to the
+# experts: 13 tokens on 2 ranks become slices of 7 and 6.
 
 D, HIDDEN, EXPERTS, TOP_K, TOKENS, STEPS = 16, 32, 8, 2, 26, 10
 
 
 def product(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """Each expert's rows times its own matrix; torch multiplies groups in bfloat16."""
+    """Multiply the rows of each expert by its matrix. torch's grouped_mm needs bfloat16."""
     return F.grouped_mm(rows.bfloat16(), weights.bfloat16(), offs=offsets).float()
 
 
@@ -64,9 +64,12 @@ class Model(nn.Module):
 
 
 # %% The training
-# Two data-parallel halves of the batch, each on two ranks of a slice group; the experts over all four. Whose gradients are added up over
-# whom follows from who computed what: a dense layer computed the same on both ranks of a slice group, and half of the batch; the gate
-# computed on a quarter of the tokens; an expert got its tokens from everywhere, and its gradients are whole already.
+# Each data-parallel half of the batch is on the two ranks of a slice group. The experts are spread over all four ranks. The gradients
+# are added up as follows:
+#
+# - Dense layer: both ranks of a slice group compute the same half of the batch. Add up over the halves.
+# - Gate: each rank computes a quarter of the tokens. Add up over all ranks.
+# - Experts: their tokens come from all ranks, so their gradients are already complete.
 
 
 def main() -> float:
@@ -89,7 +92,7 @@ def main() -> float:
     for _ in range(STEPS):
         loss = F.mse_loss(model(x[half], moe_group, slice_group), y[half])
         optimizer.zero_grad()
-        (loss / halves).backward()  # so that sums over the ranks give the mean over the halves
+        (loss / halves).backward()  # so the sum over the ranks is the mean over the halves
         mf.sync_grads_(model.dense, dp_group, reduce="sum")  # dp_group
         mf.sync_grads_(model.gate, None, reduce="sum")  # gate_group: all ranks of the stage
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a layer: the report that says it, what it finds, and what activation checkpointing costs.
+"""What torch.compile makes of a layer: how to print the report, what it finds, and what activation checkpointing costs.
 
 python tutorials/04_compile.py
 torchrun --nproc-per-node 2 tutorials/04_compile.py
@@ -38,12 +38,12 @@ class MoE(nn.Module):
 
 
 # %% The clean layer
-# No graph break, no recompile, one host sync: the plan's, which is where the host learns how many rows there will be. On several ranks the
-# report lists the exchanges, forward and backward, with the bytes that this rank gets.
+# The clean layer has no graph break, no recompile and one host sync. In `plan`, the host reads how many rows there are. On several ranks
+# the report lists each exchange, forward and backward, with the bytes that this rank receives.
 
 # %% What a report finds
-# This layer looks at its own result, as one does while debugging. `.item()` waits for the device a second time, and branching on it
-# breaks the graph in two. Both are in the report, with the line.
+# This layer looks at its own result, as people do while debugging. `.item()` causes a second host sync, and the branch on its value
+# breaks the graph in two. The report lists both, with the line.
 
 
 class Curious(MoE):
@@ -55,8 +55,8 @@ class Curious(MoE):
 
 
 # %% Activation checkpointing
-# Around a layer it makes the experts' activations again in the backward pass instead of keeping them. Without a policy that repeats the
-# exchanges and the host sync too. `save_received` keeps what came from other ranks, and repeats none.
+# A checkpointed layer does not keep the experts' activations: the backward pass recomputes them. Without a policy, it also repeats the
+# exchanges and the host sync. `save_received` keeps what came from other ranks, and so repeats none of them.
 
 
 class Checkpointed(MoE):
@@ -85,7 +85,7 @@ def main() -> dict[str, Report]:
 
 
 def step() -> Tensor:
-    """What the command line's report runs: it makes its own inputs, and compiles what it wants compiled."""
+    """The function that the report's command line runs. It makes its own inputs and compiles the layer itself."""
     torch.manual_seed(0)
     return torch.compile(MoE(dist.get_world_size() if dist.is_initialized() else 1), fullgraph=True)(torch.randn(TOKENS, D))
 

@@ -1,14 +1,15 @@
-"""Tokens that cross from node to node once: two plans, one over nodes and one inside a node, composed of the same three functions.
+"""Send each token across the network once per node, with two plans: one over the nodes, and one inside a node.
 
     torchrun --nproc-per-node 4 tutorials/05_two_levels.py
 
-Four processes play two nodes of two ranks. It prints how far the layer is from one process, and how many tokens cross.
+Both plans use the same three functions. Four processes simulate two nodes of two ranks. The script prints how much the layer differs from
+one process, and how many tokens cross between the nodes.
 """
 
 # %% Why
-# A plan sends a token once to each rank that has one of its experts. Where eight ranks of another node do, it crosses the network eight
-# times, at a ninth of the speed that the ranks of a node have among each other. DeepEP, whose kernels are made for that, sends it once to
-# the node and from there on to the ranks. Here that is two plans: the first one's experts are nodes.
+# A plan sends a token once to each rank that has one of its experts. If eight ranks of another node have one, the token crosses the network
+# eight times. The network has a ninth of the speed between the ranks of a node. DeepEP has kernels for this case: they send the token once
+# to the node, and from there to the ranks. This tutorial does the same with two plans. The "experts" of the first plan are nodes.
 
 from collections.abc import Callable
 
@@ -32,18 +33,18 @@ def one_level(x: Tensor, weights: Tensor, experts: Tensor, compute: Experts, mes
 
 
 def two_levels(x: Tensor, weights: Tensor, experts: Tensor, compute: Experts, mesh: DeviceMesh) -> Tensor:
-    """x [T, D], weights and experts [T, K] -> [T, D]; mesh ("nodes", "inside"), of which each rank has E / 4 experts, in order."""
+    """x [T, D], weights and experts [T, K] -> [T, D]. The mesh is ("nodes", "inside"); each rank has E / 4 experts, in order."""
     nodes = mesh.size(0)
-    node = torch.div(experts, E // nodes, rounding_mode="floor")  # [T, K]: where each slot's expert is; -1 stays -1
+    node = torch.div(experts, E // nodes, rounding_mode="floor")  # [T, K]: the node of each slot's expert; -1 stays -1
     ids = torch.arange(nodes)
-    reached = torch.where((node.unsqueeze(2) == ids).any(1), ids, -1)  # [T, nodes]: a token's nodes, each once
+    reached = torch.where((node.unsqueeze(2) == ids).any(1), ids, -1)  # [T, nodes]: each node of a token, once
 
-    # From rank i of a node to rank i of another. What belongs to the tokens goes with them; a weight's gradient comes back from the one
-    # node that has its slot's expert, and is zero from the others.
+    # Rank i of a node sends to rank i of the other nodes. The experts and weights of a token travel with it. The gradient of a weight
+    # comes from the one node that has its slot's expert. The other nodes give zero.
     there = mf.plan(reached, torch.ones_like(reached, dtype=x.dtype), nodes, mesh["nodes"], like=x)
     sent = mf.dispatch({"x": x, "experts": experts, "weights": weights}, there)
 
-    # Inside the node, to the ranks of the experts that are here.
+    # Inside the node: send to the ranks of the experts that are on this node.
     first = mesh.get_local_rank("nodes") * (E // nodes)
     local = sent["experts"] - first
     local = torch.where((local >= 0) & (local < E // nodes), local, -1)
@@ -54,20 +55,20 @@ def two_levels(x: Tensor, weights: Tensor, experts: Tensor, compute: Experts, me
 
 
 # %% The same on one process
-# In float64, so that only the order of sums differs. Every rank makes all weights, and takes its experts'.
+# Both run in float64, so only the order of sums differs. Every rank creates all weights, and keeps those of its own experts.
 
 
 def experts_of(into: Tensor, out: Tensor) -> Experts:
     def compute(rows: Tensor, offsets: Tensor) -> Tensor:
         ends = torch.arange(rows.shape[0], dtype=torch.int32)
-        expert = torch.searchsorted(offsets, ends, right=True)  # [N]; grouped_mm has no kernel for float64
+        expert = torch.searchsorted(offsets, ends, right=True)  # [N]; grouped_mm has no float64 kernel
         return torch.einsum("nh,nhd->nd", F.silu(torch.einsum("nd,ndh->nh", rows, into[expert])), out[expert])
 
     return compute
 
 
 def crossing(experts: Tensor) -> tuple[int, int]:
-    """How many copies of this rank's tokens leave its node, one-level and two-level."""
+    """The number of copies of this rank's tokens that leave its node: with one level, and with two."""
     sent = mf.plan(experts, torch.ones(experts.shape), E, None).splits[0].view(NODES, INSIDE)  # pairs to each rank
     others = [node for node in range(NODES) if node != dist.get_rank() // INSIDE]
     reached = torch.stack([(experts // (E // NODES) == other).any(1) for other in others], 1)

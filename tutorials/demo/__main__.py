@@ -1,8 +1,9 @@
-"""Starts the ranks, or is one that torchrun started: `python -m tutorials.demo --help`, `make demo`, or
+"""Start the demo: `make demo`, `python -m tutorials.demo --help`, or
 
     torchrun --nproc-per-node 4 --max-restarts 2 -m tutorials.demo
 
-which starts all ranks again when one is lost; they then go on from the newest complete checkpoint in --out.
+The first two start the ranks from here. Under torchrun, this process is one of the ranks. When a rank is lost, torchrun starts all ranks
+again. They then continue from the newest complete checkpoint in --out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> int:
     check_machine(options)
     arguments = sys.argv[1:]
     if options.compile and not can_compile(options):
-        print("no working C++ compiler for torch.compile's Inductor: the graphs run with backend aot_eager instead")
+        print("torch.compile's Inductor finds no working C++ compiler: the graphs run with backend aot_eager instead")
         options.backend, arguments = "aot_eager", [*arguments, "--backend", "aot_eager"]
     if under_torchrun():
         train.main(options)
@@ -47,7 +48,7 @@ def check_machine(options: Namespace) -> None:
 
 
 def can_compile(options: Namespace) -> bool:
-    """Whether Inductor can compile for the device: on a CPU it needs a C++ compiler and Python's headers."""
+    """Whether Inductor can compile for the device. On a CPU it needs a C++ compiler and Python's headers."""
     try:
         torch.compile(lambda x: x.sin() + 1, backend=options.backend)(torch.ones(8, device=options.device))
     except Exception:

@@ -1,6 +1,6 @@
-"""Checkpoints that are complete or do not exist: DCP writes a folder of its own, which gets its name only when all of it is there.
+"""Save and load checkpoints. A checkpoint is either complete or does not exist: its folder gets its name only after DCP wrote all files.
 
-They are read as data: what could run code when it is read is refused.
+Checkpoints are read as data. One that could run code while it is read is refused.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-KEPT = 2  # the newest checkpoints
+KEPT = 2  # how many of the newest checkpoints are kept
 BY_NAME = StateDictOptions(
     flatten_optimizer_state_dict=True
-)  # the optimizer's state by parameters' names: its groups differ from stage to stage
+)  # name the optimizer's state by parameter: its groups differ from stage to stage
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, Any]) -> None:
-    """All ranks: ``folder/step_<history's step>``, from which any arrangement of ranks can go on."""
+    """Save ``folder/step_<history's step>``. All ranks call it. Ranks that are split in any way can continue from it."""
     name, unfinished = folder / f"step_{history['step']:06d}", folder / "unfinished"
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -39,7 +39,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, histo
         with (unfinished / "history.json").open("w") as file:
             json.dump(history, file)
             file.flush()
-            os.fsync(file.fileno())  # as DCP does with what it writes: on the disk before it has its name
+            os.fsync(file.fileno())  # reach the disk before the folder gets its name, as DCP's files do
         remove(name)
         unfinished.rename(name)
         for old in complete(folder)[:-KEPT]:
@@ -48,10 +48,10 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, histo
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All ranks: the newest checkpoint into ``model`` and ``optimizer``; its history."""
+    """Load the newest checkpoint into ``model`` and ``optimizer``, and return its history. All ranks call it."""
     newest = complete(folder)[-1]
     state, reader = _state(model, optimizer), DataReader(newest)
-    reader.read_metadata()  # before DCP does, which in torch 2.11 does not say what was wrong with it
+    reader.read_metadata()  # before DCP reads it: in torch 2.11, DCP does not say what is wrong
     dcp.load(state, storage_reader=reader, planner=DataPlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=BY_NAME)
     return json.loads((newest / "history.json").read_text())
@@ -63,7 +63,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def remove(name: Path) -> None:
-    """Remove a checkpoint, if there is one: it has no name any more before the first of its files is gone."""
+    """Remove a checkpoint, if it exists. It loses its name before the first of its files is removed."""
     removed = name.with_name("removed")
     shutil.rmtree(removed, ignore_errors=True)
     if name.exists():
@@ -77,7 +77,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 
 class DataReader(dcp.FileSystemReader):
-    """Reads a checkpoint whose description is data alone. DCP pickles the description, and unpickles whatever is in its place."""
+    """Reads a checkpoint only if its description, ``.metadata``, is plain data. DCP itself unpickles any file in that place."""
 
     def read_metadata(self, *args: Any, **keywords: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -86,15 +86,15 @@ class DataReader(dcp.FileSystemReader):
 
 
 class DataPlanner(dcp.DefaultLoadPlanner):
-    """Takes what is no tensor, such as a learning rate, only where ``torch.load`` can read it without running code."""
+    """Loads a value that is not a tensor, such as a learning rate, only if ``torch.load`` can read it without running code."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # it raises where it cannot
+        torch.load(value, weights_only=True)  # raises if it cannot read the value
         value.seek(0)
         super().load_bytes(read_item, value)
 
 
-DATA = {  # what a checkpoint's description is made of
+DATA = {  # the types that a checkpoint's description consists of
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
@@ -108,7 +108,7 @@ DATA = {  # what a checkpoint's description is made of
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Unpickles nothing but ``DATA``."""
+    """Unpickles only the types in ``DATA``."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in DATA.get(module, ()):

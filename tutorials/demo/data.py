@@ -1,4 +1,4 @@
-"""Text as bytes: what is trained on, what is held out, and the two baselines that a model must beat."""
+"""Text as bytes: the training text, the held-out text, and the two baselines that a model must beat."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HELD_OUT = 16  # one file in so many is held out
-SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__"}  # not the standard library, or mostly tables
+HELD_OUT = 16  # one of this many files is held out
+SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__"}  # not part of the standard library, or mostly tables
 
 
 class Text(NamedTuple):
@@ -21,10 +21,10 @@ class Text(NamedTuple):
 
 
 def read(path: Path | None) -> Text:
-    """The text of ``path``, a file or a folder; of Python's standard library where it is None. Held-out files are never trained on."""
+    """Read the text of ``path``, a file or a folder. None means Python's standard library. Training never sees held-out files."""
     if path is not None and path.is_file():
         whole = path.read_bytes()
-        cut = len(whole) - len(whole) // HELD_OUT  # one file: its end is held out
+        cut = len(whole) - len(whole) // HELD_OUT  # the end of a single file is held out
         parts = whole[:cut], whole[cut:]
     else:
         root = Path(sysconfig.get_paths()["stdlib"]) if path is None else path
@@ -40,20 +40,23 @@ def _bytes(file: Path) -> bytes:
 
 
 def batch(text: Tensor, size: int, length: int, seed: int, step: int) -> Tensor:
-    """[size, length + 1] bytes from random places, the same for the same seed and step: a resumed run needs no state for them."""
+    """[size, length + 1] bytes from random places. They depend only on the seed and the step, so a resumed run needs no state for them."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     start = torch.randint(text.numel() - length, (size, 1), generator=generator)
     return text[start + torch.arange(length + 1)]
 
 
 def windows(text: Tensor, count: int, length: int) -> Tensor:
-    """[count, length + 1] bytes from evenly spaced places: what the model and the baselines are measured on."""
+    """[count, length + 1] bytes from evenly spaced places. The model and the baselines are measured on them."""
     start = torch.linspace(0, text.numel() - length - 1, count).long()
     return text[start[:, None] + torch.arange(length + 1)]
 
 
 def baselines(train: Tensor, held_out: Tensor) -> tuple[float, float]:
-    """Bits a byte of the unigram and the bigram model of ``train``, add-one smoothed, on the windows ``held_out`` [count, length + 1]."""
+    """Bits per byte of the unigram and the bigram model of ``train``, on the windows ``held_out`` [count, length + 1].
+
+    Both models use add-one smoothing.
+    """
     counts = torch.zeros(256, 256, dtype=torch.float64)
     counts += torch.bincount(train[:-1].int() * 256 + train[1:].int(), minlength=65536).view(256, 256)
     unigram = (counts.sum(0) + 1).div(counts.sum() + 256)

@@ -1,5 +1,7 @@
-"""A byte-level Mixture-of-Experts transformer that reads as it would on one process: in a group of one, every function of moecomm
-for slices and sums gives what it got."""
+"""A byte-level Mixture-of-Experts transformer, written as for one process.
+
+The same code runs on many ranks. In a group of one rank, moecomm's functions for slices and sums return their input unchanged.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +22,23 @@ class Shape(NamedTuple):
     heads: int = 4
     layers: int = 4
     hidden: int = 256  # of one expert
-    shared: int = 0  # the hidden dim of an expert that all tokens go through; 0: there is none
+    shared: int = 0  # the hidden dim of a shared expert, which all tokens go through; 0 means no shared expert
     context: int = 256
     vocabulary: int = 256  # bytes
 
 
 class Groups(NamedTuple):
-    """Names of process groups: plain data, and so nothing that a compiled graph must look into. "" is this process alone."""
+    """Names of process groups. Names are plain data, so a compiled graph need not look into them. "" is only this process."""
 
     experts: str = ""  # the ranks that the experts are spread over
     hidden: str = ""  # the ranks that the hidden dim of each expert is split over
     heads: str = ""  # the ranks that the heads of the attention are split over
-    tokens: str = ""  # the ranks that have these layers, and the whole batch between them
-    ranks: int = 1  # of ``tokens``
-    slice: bool = False  # whether the heads' ranks all have the same tokens, and slice them for the experts alone
+    tokens: str = ""  # the ranks that have these layers; together they have the whole batch
+    ranks: int = 1  # the number of ranks in ``tokens``
+    slice: bool = False  # whether all ranks of ``heads`` have the same tokens, and slice them only for the experts
 
 
-BALANCE = 0.01  # the weight of the balance loss, the mean over the layers
+BALANCE = 0.01  # the weight of the balance loss, which is the mean over the layers
 
 
 class Transformer(nn.Module):
@@ -47,13 +49,13 @@ class Transformer(nn.Module):
         self.norm: nn.Module | None = Norm(shape.dim)
         self.head: nn.Module | None = nn.Linear(shape.dim, shape.vocabulary, bias=False)
         self.register_buffer("turns", rotations(shape.context, shape.dim // shape.heads), persistent=False)  # [context, head / 2, 2]
-        self.loads: list[Tensor] = []  # of each forward pass: the rows of each local expert [layers, L]
+        self.loads: list[Tensor] = []  # for each forward pass, the rows of each local expert [layers, L]
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02 if parameter is self.embed.weight else parameter.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, length] -> logits [B, length, vocabulary]; a pipeline's stage gets, or gives, activations [B, length, D] instead."""
+        """Tokens [B, length] -> logits [B, length, vocabulary]. Between pipeline stages, activations [B, length, D] replace either."""
         if self.embed is not None:
             x = self.embed(x)  # [B, length, D]
         loads = []
@@ -85,19 +87,19 @@ class Block(nn.Module):
 
 
 class Norm(nn.RMSNorm):
-    """An RMSNorm in the dtype of its input, whatever its weight is kept in."""
+    """An RMSNorm that computes in the dtype of its input. Its weight may have another dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, local(self.weight, x), self.eps)
 
 
 class Attention(nn.Module):
-    """Causal self-attention. The parameters are of all heads on one process, DTensors over the tensor-parallel ranks on several."""
+    """Causal self-attention. On one process, the parameters cover all heads. On several, they are DTensors over the tp ranks."""
 
     def __init__(self, shape: Shape, groups: Groups) -> None:
         super().__init__()
         self.groups, self.width = groups, shape.dim // shape.heads
-        self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)  # a head's q, k and v stand together
+        self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)  # the q, k and v of one head are adjacent
         self.out = nn.Linear(shape.dim, shape.dim, bias=False)
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         heads = F.linear(x, local(self.qkv.weight, x)).unflatten(-1, (-1, 3, self.width))  # [B, length, heads, 3, head]
         q, k, v = heads.permute(3, 0, 2, 1, 4)  # [B, heads, length, head] each
         y = F.scaled_dot_product_attention(rotate(q, turns), rotate(k, turns), v, is_causal=True)
-        y = F.linear(y.transpose(1, 2).flatten(2), local(self.out.weight, x))  # [B, length, D]: what these heads add to it
+        y = F.linear(y.transpose(1, 2).flatten(2), local(self.out.weight, x))  # [B, length, D]: the part of these heads
         return mf.sum_ranks(y, self.groups.heads) if self.groups.slice else mf.slice_reduce(y, self.groups.heads, dim=1)
 
 
@@ -113,7 +115,7 @@ class MoE(nn.Module):
     def __init__(self, shape: Shape, groups: Groups) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.groups = shape.experts, shape.top_k, groups
-        self.balance = BALANCE / shape.layers / groups.ranks  # of the one loss of all ranks, whose gradients are summed
+        self.balance = BALANCE / shape.layers / groups.ranks  # a part of one loss over all ranks, whose gradients are summed
         self.gate = nn.Linear(shape.dim, shape.experts, bias=False)
         self.experts = Experts(shape)
         self.shared = Shared(shape) if shape.shared else None
@@ -122,19 +124,19 @@ class MoE(nn.Module):
         logits = self.gate(x).float()  # [T, E]
         weights, experts = mf.route(logits, self.top_k)  # [T, K] each
         balance = mf.load_balance_loss(logits.softmax(-1), experts, self.groups.tokens)
-        # The ranks that split an expert's hidden dim send on the tokens of all of them; alone, a rank has all of x already.
+        # The ranks that split the experts' hidden dim gather each other's tokens. In a group of one, x is already whole.
         every, weights = (mf.slice_gather(each, self.groups.hidden, grad="reduce") for each in (x, weights))
         plan = mf.plan(mf.slice_gather(experts, self.groups.hidden), weights, self.num_experts, self.groups.experts, like=every)
         rows = mf.dispatch(every, plan)  # [N, D]
         rows = self.experts(rows, plan.offsets)
         y = mf.slice_reduce(mf.combine(rows, plan), self.groups.hidden)  # [T, D]
         if self.shared is not None:
-            y = y + self.shared(x)  # it needs nothing of an exchange, and so can run during it
+            y = y + self.shared(x)  # depends on no exchange, so it can run during one
         return mf.attach_loss(y, balance, self.balance), plan.offsets.diff(prepend=plan.offsets.new_zeros(1))
 
 
 class Experts(nn.Module):
-    """SwiGLU experts. The parameters are of all E experts on one process, DTensors over the expert-parallel ranks on several."""
+    """SwiGLU experts. On one process, the parameters cover all E experts. On several, they are DTensors over the expert-parallel ranks."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class Experts(nn.Module):
 
 
 class Shared(nn.Module):
-    """A SwiGLU expert of all tokens, the same on all ranks."""
+    """A SwiGLU expert that all tokens go through. It is the same on all ranks."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -161,18 +163,18 @@ class Shared(nn.Module):
 
 
 def local(weight: Tensor, like: Tensor) -> Tensor:
-    """What this rank has of a weight, in the dtype that it is multiplied in."""
+    """This rank's part of a weight, in the dtype of ``like``, which it is multiplied with."""
     return (weight.to_local() if isinstance(weight, DTensor) else weight).to(like.dtype)
 
 
 def rotations(length: int, width: int) -> Tensor:
-    """[length, width / 2, 2]: the cosine and the sine of each position's turn; RoFormer, arXiv:2104.09864."""
+    """[length, width / 2, 2]: the cosine and the sine of each position's rotation (RoFormer, arXiv:2104.09864)."""
     angles = torch.arange(length)[:, None] * 10_000.0 ** -(torch.arange(0, width, 2) / width)
     return torch.stack((angles.cos(), angles.sin()), -1)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """x [..., length, width] turned by its positions."""
+    """x [..., length, width], rotated by its positions."""
     cos, sin = turns[: x.shape[-2]].to(x.dtype).unbind(-1)  # [length, width / 2] each
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)

@@ -1,9 +1,10 @@
-"""The parallel plan, apart from the model: who has which part of what, and FSDP2 over the ranks that have the same part.
+"""The parallel plan, separate from the model: which rank has which part, and FSDP2 over the ranks that have the same part.
 
-    the layers                        over pp, a stage each; the embedding is in the first, the head in the last
-    the heads of the attention        over tp
-    the experts, their hidden dims    over ep, over etp
-    all of it                         under FSDP2 over the ranks that have the same part and other tokens
+    layers                   over pp: one stage each; the first has the embedding, the last the head
+    attention heads          over tp
+    experts                  over ep
+    experts' hidden dims     over etp
+    all parameters           under FSDP2, over the ranks that have the same part and different tokens
 
 Each block is compiled once.
 """
@@ -27,17 +28,17 @@ from tutorials.demo.model import Groups, Shape, Transformer
 
 try:
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
-except ImportError:  # an older torch: one mesh for all parameters of a block
+except ImportError:  # an older torch has one mesh for all parameters of a block
     FSDPMeshInfo = ShardPlacementResult = None
 
 
 class Spread(NamedTuple):
-    """Where a parameter is."""
+    """Where the parts of a parameter are."""
 
-    parts: DeviceMesh | None  # over whose dims it is split; None: all of it is on every rank
-    dims: list[int]  # along which
+    parts: DeviceMesh | None  # the mesh whose dims split it; None: every rank has all of it
+    dims: list[int]  # the parameter's dim that each mesh dim splits
     same: DeviceMesh  # the ranks that have the same part, each with the gradient of its own tokens
-    model: int = 0  # the dim along which FSDP2 shards it over them: that of the model's width, where parts are split along others
+    model: int = 0  # the dim that FSDP2 shards over ``same``: the model's width, if ``parts`` split other dims
 
 
 def meshes(options: Namespace) -> MoEMesh:
@@ -45,9 +46,9 @@ def meshes(options: Namespace) -> MoEMesh:
 
 
 def spread(name: str, mesh: MoEMesh, sliced: bool) -> Spread:
-    """What becomes of the parameter of this name."""
+    """Where the parts of the parameter with this name go."""
     dense, expert = mesh.dense, mesh.expert
-    # A dim of size 1 splits nothing, and then FSDP2 needs one mesh for all parameters that are over the same ranks.
+    # Mesh dims of size 1 split nothing. Such parameters use the stage's mesh: FSDP2 needs one mesh for all parameters over the same ranks.
     if ".experts." in name and expert["ep"].size() * expert["etp"].size() > 1:
         hidden, model = (2, 3) if name.endswith("into") else (2, 1)  # into [E, 2, hidden, D], out [E, D, hidden]
         return Spread(expert["ep", "etp"], [0, hidden], expert["edp"], model)
@@ -56,12 +57,12 @@ def spread(name: str, mesh: MoEMesh, sliced: bool) -> Spread:
             heads, model = (0, 1) if ".qkv." in name else (1, 0)  # qkv [3 * D, D], out [D, D]
             return Spread(dense["tp"], [heads], dense["dp"], model)
         if sliced and ".moe" not in name:
-            return Spread(None, [], dense["dp"])  # all tp ranks compute it alike, from the same tokens
+            return Spread(None, [], dense["dp"])  # all tp ranks compute the same, from the same tokens
     return Spread(None, [], mesh.stage)
 
 
 def build(shape: Shape, mesh: MoEMesh, options: Namespace) -> Transformer:
-    """The model as every arrangement of the ranks begins it, then spread over them."""
+    """Make the model from the seed, the same for every split of the ranks, then spread it over the ranks."""
     torch.manual_seed(options.seed)
     views = mesh.expert["ep"], mesh.expert["etp"], mesh.dense["tp"], mesh.stage
     names = [view.get_group().group_name for view in views]
@@ -72,7 +73,7 @@ def build(shape: Shape, mesh: MoEMesh, options: Namespace) -> Transformer:
         parts, dims = where[name][:2]
         if parts is not None:
             module, _, last = name.rpartition(".")
-            # Every rank made the same weights from the seed, so that nothing needs to be sent.
+            # Every rank made the same weights from the seed, so nothing is sent.
             part = distribute_tensor(parameter.data, parts, [Shard(dim) for dim in dims], src_data_rank=None)
             setattr(model.get_submodule(module), last, nn.Parameter(part))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(options), reduce_dtype=torch.float32)
@@ -82,23 +83,23 @@ def build(shape: Shape, mesh: MoEMesh, options: Namespace) -> Transformer:
         shard_block(block, mesh.stage, of_parameter, policy, ignored)
         if options.compile:
             block.forward = torch.compile(block.forward, fullgraph=True, backend=options.backend, options=passes(options))
-    ends = spread("head.weight", mesh, options.slice)  # and the embedding's, and the last norm's
+    ends = spread("head.weight", mesh, options.slice)  # the embedding and the last norm are spread in the same way
     fully_shard(model, mesh=ends.same, mp_policy=policy, ignored_params=ignored)
     for module in (model, *model.blocks.values()):
-        # Gradients are summed, and the loss is divided by the ranks: an expert has its ep ranks' gradients already, since their tokens
-        # came to it, so that a mean over its own mesh dim would be the wrong one.
+        # Gradients are summed, and the loss is divided by the number of ranks. A mean over an expert's own mesh dim would be wrong: the
+        # tokens of all ep ranks came to the expert, so its gradient already includes them.
         module.set_gradient_divide_factor(1)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also divides
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide in a reduction
     return model
 
 
 def passes(options: Namespace) -> dict[str, Any] | None:
-    """With a shared expert, the pass that has it run during the exchanges; it is Inductor's that takes passes."""
+    """The pass that runs the shared expert during the exchanges, if there is one. Only Inductor takes passes."""
     return compile_options(overlap_exchanges) if options.shared and options.backend == "inductor" else None
 
 
 def keep_stage(model: Transformer, pp: DeviceMesh) -> None:
-    """Remove what other stages have. What stays keeps its name, so that a checkpoint is that of the whole model."""
+    """Remove the modules of other stages. The rest keep their names, so a checkpoint describes the whole model."""
     stages, stage = pp.size(), pp.get_local_rank()
     own = len(model.blocks) // stages
     for i in range(len(model.blocks)):
@@ -113,8 +114,8 @@ def keep_stage(model: Transformer, pp: DeviceMesh) -> None:
 def shard_block(
     block: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, Spread], policy: MixedPrecisionPolicy, ignored: set[nn.Parameter] | None
 ) -> None:  # fmt: skip
-    """A block as one FSDP module, so that no hook stands inside it: each of its parameters over the mesh that `spread` says."""
-    infos: dict[str, FSDPMeshInfo] = {}  # of a group: FSDP2 takes one object for all parameters over it
+    """Make a block one FSDP module, without hooks inside it. Each of its parameters goes over the mesh that `spread` gives."""
+    infos: dict[str, FSDPMeshInfo] = {}  # one per group: FSDP2 takes one object for all parameters over it
 
     def placement(parameter: nn.Parameter) -> Shard | ShardPlacementResult:
         to = where[parameter]
@@ -124,20 +125,23 @@ def shard_block(
         return ShardPlacementResult(Shard(to.model), info)
 
     fully_shard(
-        block, mesh=stage, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False,  # small: gather once a step
+        block, mesh=stage, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=False,  # small, so gather once per step
         ignored_params=ignored,
     )  # fmt: skip
 
 
 def apart(module: nn.Module, stage: DeviceMesh, where: dict[nn.Parameter, Spread]) -> set[nn.Parameter] | None:
-    """The parameters that FSDP2 cannot shard over a mesh of their own; `sync_replicated_` does their data parallelism."""
+    """The parameters that need a mesh of their own, where FSDP2 cannot do that. `sync_replicated_` does their data parallelism."""
     if ShardPlacementResult is not None:
         return None
     return {parameter for parameter in module.parameters() if where[parameter].same is not stage}
 
 
 def sync_replicated_(model: Transformer, mesh: MoEMesh, sliced: bool) -> None:
-    """Nothing where FSDP2 shards every parameter; else the sums of the gradients of the others over the ranks that have them too."""
+    """Add up the gradients of the parameters that FSDP2 does not shard, over the ranks that have the same part.
+
+    With an FSDP2 that shards every parameter, it does nothing.
+    """
     if ShardPlacementResult is None:
         meshes = {parameter: spread(f"blocks.{name}", mesh, sliced).same for name, parameter in model.blocks.named_parameters()}
         rest = {parameter: over for parameter, over in meshes.items() if over is not mesh.stage}  # in the same order on all ranks
@@ -146,7 +150,10 @@ def sync_replicated_(model: Transformer, mesh: MoEMesh, sliced: bool) -> None:
 
 
 def compute_dtype(options: Namespace) -> torch.dtype:
-    """bfloat16, but for eager runs on a CPU that cannot multiply matrices in it: torch traces grouped_mm in bfloat16 alone."""
+    """bfloat16, or float32 for eager runs on a CPU that cannot multiply bfloat16 matrices.
+
+    Compiled runs always use bfloat16: torch traces grouped_mm only in bfloat16.
+    """
     if options.dtype != "auto":
         return getattr(torch, options.dtype)
     slow = options.device == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,4 +1,4 @@
-"""Through the stages of the pipeline, of which there may be one: each rank's part of a batch, forward and backward, or forward alone."""
+"""Run each rank's part of a batch through the stages of the pipeline: forward and backward, or only forward. One stage works too."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from tutorials.demo.model import Shape, Transformer
 
 
 def microbatches(stages: int) -> int:
-    """Twice the stages: of 3 * stages - 1 times that a stage has, it idles in stages - 1. One stage has nothing to wait for."""
+    """The number of microbatches: twice the stages, or 1 for one stage, which never waits.
+
+    With twice the stages, a stage idles in stages - 1 of its 3 * stages - 1 time slots.
+    """
     return 2 * stages if stages > 1 else 1
 
 
 def own_part(tokens: Tensor, mesh: MoEMesh, sliced: bool, parts: int = 1) -> tuple[Tensor, Tensor]:
-    """Of ``tokens`` [batch, length + 1] in so many microbatches, what this rank gets and what it is to predict, [B, n] each.
+    """This rank's part of ``tokens`` [batch, length + 1]: the input and the tokens to predict, [B, n] each.
 
-    The dp ranks share each microbatch, and the tp ranks the length of its sequences, unless they slice the experts' tokens alone.
+    The batch has ``parts`` microbatches. The dp ranks divide the sequences of each microbatch. The tp ranks divide the length of the
+    sequences, unless ``sliced``: then they slice tokens only for the experts.
     """
     mine = torch.cat([mf.slice_scatter(microbatch, mesh.dense["dp"]) for microbatch in tokens.chunk(parts)])
     before, after = mine[:, :-1].int(), mine[:, 1:].long()
@@ -34,7 +38,7 @@ def own_part(tokens: Tensor, mesh: MoEMesh, sliced: bool, parts: int = 1) -> tup
 def schedule(
     model: Transformer, mesh: MoEMesh, shape: Shape, batch: int, sliced: bool, dtype: torch.dtype, parts: int
 ) -> PipelineScheduleSingle:
-    """1F1B, arXiv 2104.04473, over ``parts`` microbatches of ``batch`` sequences; stages send each other activations of ``dtype``."""
+    """The 1F1B schedule (arXiv 2104.04473) over ``parts`` microbatches of ``batch`` sequences. Stages exchange activations of ``dtype``."""
     pp, dp, tp, device = mesh.dense["pp"], mesh.dense["dp"], mesh.dense["tp"], torch.device(mesh.stage.device_type)
     rows, length = batch // parts // dp.size(), shape.context if sliced else shape.context // tp.size()
     between = torch.zeros(rows, length, shape.dim, dtype=dtype, device=device, requires_grad=True)
@@ -47,7 +51,7 @@ def schedule(
 
 
 def ranks_of_loss(mesh: MoEMesh, sliced: bool) -> int:
-    """How many ranks of the last stage have a part of the loss: tp ranks that have the same tokens have the same part."""
+    """How many ranks of the last stage have a different part of the loss. With ``sliced``, all tp ranks have the same part."""
     return mesh.dense["dp"].size() if sliced else mesh.stage.size()
 
 
@@ -57,9 +61,9 @@ def cross_entropy(logits: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forward(model: Transformer, tokens: Tensor, mesh: MoEMesh, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """``tokens`` [B, n] through all stages, without gradients and eagerly: another batch size is not worth a compilation.
+    """Run ``tokens`` [B, n] through all stages, eagerly and without gradients. The batch size differs, and is not worth a compilation.
 
-    Returns the logits [B, n, vocabulary] on the last stage, and on the others what they send on.
+    Returns the logits [B, n, vocabulary] on the last stage. On the other stages, returns the activations that they send on.
     """
     group, stage = mesh.dense["pp"].get_group(), mesh.dense["pp"].get_local_rank()
     x = tokens

@@ -1,4 +1,4 @@
-"""What a person looks at after training: the loss, and who did the work."""
+"""The plots after training: the loss, and which experts and ranks did the work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 
 
 def loss(history: dict[str, Any], unigram: float, bigram: float, file: Path) -> None:
-    """Train and held-out bits a byte over the steps, and the two baselines."""
+    """Plot the training and held-out bits per byte over the steps, and the two baselines."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(np.arange(1, len(history["train"]) + 1), np.array(history["train"]) / math.log(2), lw=0.8, alpha=0.7, label="train")
     axes.plot(*np.array(history["held_out"]).T, "o-", ms=4, label="held-out")
@@ -28,7 +28,7 @@ def loss(history: dict[str, Any], unigram: float, bigram: float, file: Path) -> 
 
 
 def experts(history: dict[str, Any], file: Path) -> None:
-    """For each layer, each expert's share of the rows over the steps; below, the rows that each rank computed in one of its layers."""
+    """Plot each expert's share of the rows over the steps, one plot per layer. Below them, plot the rows of each rank, per layer."""
     loads = np.array(history["loads"], dtype=float)  # [steps, layers, E]
     steps, layers, count = loads.shape
     shares = loads / loads.sum(-1, keepdims=True).clip(1) * count  # 1 is an even share
@@ -40,7 +40,7 @@ def experts(history: dict[str, Any], file: Path) -> None:
         image = axes[layer].imshow(shares[:, layer].T, vmin=0, vmax=2, extent=edges, **look)
         axes[layer].set(ylabel=f"layer {layer}\nexpert", yticks=range(0, count, max(1, count // 4)))
     figure.colorbar(image, ax=axes[:layers], label="load of each expert (1 = an even share)")
-    # A run that was resumed on other ranks has rows of fewer of them in some steps.
+    # A run that resumed on a different number of ranks has rows of fewer ranks in some steps.
     for rank, rows in enumerate(zip_longest(*history["rows"], fillvalue=math.nan)):
         axes[layers].plot(np.arange(1, steps + 1), rows, lw=0.9, label=f"rank {rank}")
     axes[layers].set(xlabel="step", ylabel="expert rows a layer", ylim=(0, None))

@@ -1,4 +1,4 @@
-"""Which splits of the ranks fit each other and the model: what does not multiply or divide, and the nearest that do."""
+"""Check that a split of the ranks fits the model: which numbers do not multiply or divide, and the nearest ones that do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moecomm.mesh import divisors
 from tutorials.demo.model import Shape
 from tutorials.demo.pipeline import microbatches
 
-SHOWN = 3  # of the nearest that fit
-CHANGED = ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "batch")  # what must fit
+SHOWN = 3  # how many of the nearest that fit are shown
+CHANGED = ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "batch")  # the options that must fit
 
 
 def misfits(options: Namespace, shape: Shape) -> Iterator[str]:
-    """Each way in which the options do not fit: the numbers, and what must hold of them."""
+    """Yield a message for each way in which the options do not fit: the numbers, and the condition on them."""
     ranks, pp, tp, ep, etp = options.ranks, options.pp, options.tp, options.ep, options.etp
     if shape.layers % pp:
         yield f"--pp was {pp}; it must divide the {shape.layers} layers"
@@ -35,7 +35,7 @@ def misfits(options: Namespace, shape: Shape) -> Iterator[str]:
         yield f"--ep * --etp was {ep} * {etp} = {ep * etp}; it must divide the ranks of a stage, --ranks / --pp = {ranks} / {pp} = {stage}"
         return
     edp, parts = stage // (ep * etp), microbatches(pp)
-    # FSDP2 shards what is split over other ranks already along another dim, the model's, and along any but the first only evenly.
+    # If other ranks already split a parameter, FSDP2 shards it along the model's dim. It shards any dim but the first only evenly.
     if tp > 1 and shape.dim % dp:
         yield f"--ranks / (--pp * --tp) was {ranks} / ({pp} * {tp}) = {dp}; it must divide the width of the model, {shape.dim}"
     if ep * etp > 1 and shape.dim % edp:
@@ -49,12 +49,12 @@ def misfits(options: Namespace, shape: Shape) -> Iterator[str]:
 
 
 def default_ep(options: Namespace) -> int:
-    """2 where a stage has so many ranks."""
+    """2 if --ranks / (--pp * --etp) is even, else 1."""
     return 2 if options.ranks // (options.pp * options.etp) % 2 == 0 and options.ranks >= 2 * options.pp * options.etp else 1
 
 
 def nearest(options: Namespace, shape: Shape, ep_by_default: bool) -> list[str]:
-    """What to add or to write instead, for those that fit and need the fewest options changed, and those the least."""
+    """The options to add or to replace, for the nearest splits that fit: those with the fewest changes, and the smallest ones."""
     found: dict[str, tuple[int, float]] = {}
     for fitting in fits(options, shape):
         changed = [name for name in CHANGED if getattr(fitting, name) != getattr(options, name)]
@@ -67,7 +67,7 @@ def nearest(options: Namespace, shape: Shape, ep_by_default: bool) -> list[str]:
 
 
 def fits(options: Namespace, shape: Shape) -> Iterator[Namespace]:
-    """Every split of so many ranks, and of fewer and up to twice as many, with the experts and the batch nearest to those asked for."""
+    """Yield every split that fits, of up to twice as many ranks. The experts and the batch are the nearest to those asked for."""
     for ranks in range(1, 2 * options.ranks + 1):
         for pp in divisors(ranks):
             for tp in divisors(ranks // pp):
@@ -82,7 +82,7 @@ def fits(options: Namespace, shape: Shape) -> Iterator[Namespace]:
 
 
 def multiple(number: int, of: int) -> int:
-    """The multiple of ``of`` nearest to ``number``, but not 0.
+    """The multiple of ``of`` that is nearest to ``number``, and at least ``of``.
 
     >>> multiple(7, 2), multiple(1, 4)
     (8, 4)

@@ -1,9 +1,9 @@
-"""A forward pass of the demo's model without its launcher, for `python -m moecomm.compile.report` to look at.
+"""A forward pass of the demo's model, without its launcher. `python -m moecomm.compile.report` reports on it.
 
     python -m moecomm.compile.report
     torchrun --nproc-per-node 2 -m moecomm.compile.report
 
-The second has the experts spread over its ranks.
+The second command spreads the experts over its ranks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WORLD = dist.group.WORLD.group_name if RANKS > 1 else ""
 MODEL = Transformer(Shape(), Groups(experts=WORLD, tokens=WORLD, ranks=RANKS)).bfloat16()
 for block in MODEL.blocks.values():
     experts = block.moe.experts
-    for name, weight in list(experts.named_parameters()):  # this rank's
+    for name, weight in list(experts.named_parameters()):  # keep this rank's part
         setattr(experts, name, torch.nn.Parameter(weight.detach().chunk(RANKS)[dist.get_rank() if RANKS > 1 else 0].clone()))
-    block.compile(fullgraph=True)  # as the demo does: once for all layers
+    block.compile(fullgraph=True)  # once for all layers, as the demo does
 TEXT = torch.randint(256, (2, Shape().context + 1))
 
 

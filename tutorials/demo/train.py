@@ -1,4 +1,4 @@
-"""What each rank runs: train, watch the held-out text, save, and show. `python -m tutorials.demo` starts the ranks."""
+"""The training loop of each rank: train, measure the held-out text, save, and plot. `python -m tutorials.demo` starts the ranks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tutorials.demo.options import parse, shape_of, under_torchrun
 LEARNING_RATE, WARM_UP, CLIP = 4e-3, 20, 1.0
 HELD_OUT_WINDOWS, HELD_OUT_EVERY = 64, 40
 PROMPT, TEMPERATURE = 96, 0.7  # bytes
-TIMEOUT = timedelta(minutes=10)  # that ranks wait for one that is there and does not come; more than they are apart in compiling
-STOP_FILE = "MOECOMM_DEMO_STOP"  # the variable that names a file: once it exists, the ranks save and leave
+TIMEOUT = timedelta(minutes=10)  # how long ranks wait for a rank that is alive but late; longer than their compile times differ
+STOP_FILE = "MOECOMM_DEMO_STOP"  # an environment variable that names a file: once the file exists, the ranks save and leave
 
 
 def main(options: Namespace) -> None:
@@ -84,7 +84,7 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
             history["held_out"].append([step, held_out_bits(model, held_out.to(options.device), mesh, shape, options)])
         if step % options.save_every == 0 or step == options.steps or stopped:
             checkpoint.save(options.out / "checkpoints", model, optimizer, history)
-        if bar is None:  # made after the first step, so that the time left does not count compilation
+        if bar is None:  # created after the first step, so the time left excludes compilation
             bar = tqdm(total=options.steps, initial=step, unit="step", disable=rank != 0)
         else:
             bar.update()
@@ -108,14 +108,14 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
 
 @contextmanager
 def profile_of(file: Path) -> Iterator[None]:
-    """Write a trace of what is done in it; `python -m benchmarks.lanes` draws those of all ranks."""
+    """Write a trace of the code inside this context. `python -m benchmarks.lanes` draws the traces of all ranks."""
     with profile() as profiled:
         yield
     profiled.export_chrome_trace(str(file))
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """One group of parameters a mesh: a fused step takes the parameters of one mesh together."""
+    """AdamW with one group of parameters per mesh: a fused step takes only parameters of one mesh."""
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
@@ -124,13 +124,13 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parameters(model: nn.Module, mesh: MoEMesh) -> int:
-    """How many the whole model has."""
+    """The number of parameters of the whole model."""
     mine = torch.tensor([sum(p.numel() for p in model.parameters())], device=mesh.stage.device_type)
     return int(mf.slice_gather(mine, mesh.dense["pp"]).sum())
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to a tenth."""
+    """The learning rate: linear warm-up, and linear decay to a tenth."""
     warm = min(1.0, (step + 1) / WARM_UP)
     return LEARNING_RATE * warm * (1 - 0.9 * step / steps)
 
@@ -139,11 +139,13 @@ def train_step(
     model: Transformer, schedule: PipelineScheduleSingle, optimizer: torch.optim.Optimizer, before: Tensor, after: Tensor, rate: float,
     mesh: MoEMesh, options: Namespace,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step on this rank's tokens, what comes ``before`` and ``after`` [B, n]: its loss, on the last stage, and the rows of each of its
-    experts [its layers, L]."""
+    """One training step: ``before`` [B, n] are this rank's input tokens, ``after`` [B, n] those to predict.
+
+    Returns the loss, which is zero except on the last stage, and the rows of each of this rank's experts [its layers, L].
+    """
     model.loads.clear()
-    losses: list[Tensor] = []  # of each microbatch
-    # The losses are divided by the ranks, and the gradients summed over them.
+    losses: list[Tensor] = []  # one per microbatch
+    # The losses are divided by the number of ranks, and the gradients are summed over the ranks.
     schedule.step(*([before] if model.embed is not None else []), target=after if model.head is not None else None, losses=losses)
     parallel.sync_replicated_(model, mesh, options.slice)
     mf.clip_grad_norm_(model, CLIP, {"*": mesh.dense["pp"]})
@@ -157,35 +159,35 @@ def train_step(
 
 
 def record(history: dict[str, Any], loss: Tensor, load: Tensor, asked: bool, mesh: MoEMesh) -> bool:
-    """Add a step to ``history``, alike on all ranks, in one message; whether any rank was asked to stop."""
+    """Add a step to ``history``, the same on all ranks, with one message. Return whether any rank was asked to stop."""
     mine = torch.cat((loss.double()[None], load.flatten().double(), loss.new_full((1,), asked).double()))
-    everyone = mf.slice_gather(mine[None], None).cpu()  # [ranks, 1 + layers / pp * L + 1]: the host sync of a step
+    everyone = mf.slice_gather(mine[None], None).cpu()  # [ranks, 1 + layers / pp * L + 1]: a step's host sync
     loads = everyone[:, 1:-1].view(*mesh.expert.shape, *load.shape)  # [pp, edp, ep, etp, layers / pp, L]
     history["step"] += 1
     history["train"].append(everyone[:, 0].view(mesh.dense.shape[0], -1)[-1].mean().item())
-    # The etp ranks have parts of the same experts, and so the same rows.
+    # The etp ranks have parts of the same experts, so they have the same rows.
     history["loads"].append(loads[:, :, :, 0].sum(1).transpose(1, 2).flatten(2).flatten(0, 1).int().tolist())  # [layers, E]
-    history["rows"].append((loads.sum((4, 5)) / load.shape[0]).flatten().tolist())  # [ranks]: of the mean of its layers
+    history["rows"].append((loads.sum((4, 5)) / load.shape[0]).flatten().tolist())  # [ranks]: the mean over its layers
     return bool(everyone[:, -1].any())
 
 
 def held_out_bits(model: Transformer, tokens: Tensor, mesh: MoEMesh, shape: Shape, options: Namespace) -> float:
-    """Bits a byte on the held-out windows ``tokens`` [windows, context + 1]."""
+    """Bits per byte on the held-out windows ``tokens`` [windows, context + 1]."""
     before, after = pipeline.own_part(tokens, mesh, options.slice)
     logits = pipeline.forward(model, before, mesh, shape, parallel.compute_dtype(options))
     loss = pipeline.cross_entropy(logits, after) if model.head is not None else torch.zeros((), device=tokens.device)
-    losses = mf.slice_gather(loss[None].double(), None).view(mesh.dense.shape[0], -1)[-1]  # of the last stage's ranks
+    losses = mf.slice_gather(loss[None].double(), None).view(mesh.dense.shape[0], -1)[-1]  # from the last stage's ranks
     return losses.mean().item() / math.log(2)
 
 
 def sample(model: Transformer, text: Tensor, mesh: MoEMesh, shape: Shape, options: Namespace) -> str:
-    """A prompt of held-out text and what the model makes of it, on all ranks the same; every rank must take part."""
+    """A prompt of held-out text and the model's continuation, the same on all ranks. Every rank must call it."""
     generator = torch.Generator().manual_seed(options.seed)
     start = int(torch.randint(text.numel() - PROMPT, (1,), generator=generator))
     tokens, writer = text[start : start + PROMPT], int(mesh.dense.mesh[-1, 0, 0, 0])
     for _ in range(options.sample):
         seen = tokens[-shape.context :].int()
-        # Padding behind a byte changes nothing for it, and keeps the length one that the tp ranks can share.
+        # Padding after a byte does not change its prediction. It keeps a length that the tp ranks can divide.
         padded = F.pad(seen, (0, shape.context - len(seen)))[None].to(options.device)
         mine = padded if options.slice else mf.slice_scatter(padded, mesh.dense["tp"], dim=1)
         logits = pipeline.forward(model, mine, mesh, shape, parallel.compute_dtype(options))
@@ -201,7 +203,7 @@ def sample(model: Transformer, text: Tensor, mesh: MoEMesh, shape: Shape, option
 
 
 def stop_requests() -> Callable[[], bool]:
-    """Whether this rank was asked to stop: by SIGINT, by SIGTERM, or by the launcher's file."""
+    """A function that returns whether this rank was asked to stop: by SIGINT, by SIGTERM, or by the launcher's file."""
     file, signals = Path(os.environ.get(STOP_FILE, "")), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
@@ -209,7 +211,7 @@ def stop_requests() -> Callable[[], bool]:
 
 
 def leave_with_parent(parent: int) -> None:
-    """End this process once its launcher has, which starts the ranks in sessions of their own: killed, it leaves them behind."""
+    """End this process when its launcher ends. The ranks have their own sessions, so a killed launcher would leave them behind."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
