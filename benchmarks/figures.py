@@ -1,6 +1,6 @@
-"""The lines in `benchmarks/results/` as the tables of docs/benchmarks.md and as pictures.
+"""Writes the tables and pictures of docs/benchmarks.md from the committed results in `benchmarks/results/`. It measures nothing.
 
-python -m benchmarks.figures           # all of them anew, from the committed lines
+python -m benchmarks.figures
 """
 
 from __future__ import annotations

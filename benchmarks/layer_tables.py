@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.layer`: the targets first, then everything that was measured."""
+"""Does `benchmarks.layer` meet its targets? Its tables: the targets first, then all measurements, and the CPU time of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of the results, beside their lines in `benchmarks/results/`."""
+"""Draws the pictures of docs/benchmarks.md into `benchmarks/results/`, from the results there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.sweep`: at each point moecomm beside the best of the others, and which points miss."""
+"""At which points is moecomm slower than the best other method? The tables of `benchmarks.sweep`."""
 
 from __future__ import annotations
 

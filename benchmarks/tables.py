@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, but for those of the layer and of the sweep: floors, a layer with its experts, the model."""
+"""The tables of docs/benchmarks.md for the ops, a layer with experts, and the exchange model; and what all tables share."""
 
 from __future__ import annotations
 
