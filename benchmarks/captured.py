@@ -1,4 +1,4 @@
-"""A function as a CUDA graph: what is left of it where the host launches nothing."""
+"""How long does a function take without the host? It is captured as a CUDA graph, and the graph is replayed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Where the CPU time of a layer's step goes on 4 gloo ranks, of moecomm and of the K-fold exchange: the profile behind `benchmarks.layer`.
+"""Where does the CPU time of one step go, for moecomm and for the K-fold exchange, on 4 gloo ranks?
 
     python -m benchmarks.cpu_time          # or: make bench
 
-Four ranks on two cores wait for a core most of the time; CPU time is what a step costs however many others run. It is that of the whole
-process, which is more than the layer's thread: gloo receives, and sends what a socket does not take at once, in threads of its own.
+It explains the times of `benchmarks.layer`. Four ranks on two cores wait for a core most of the time. CPU time does not depend on how many
+other programs run. It is the CPU time of the whole process, not only of the layer's thread: gloo has threads of its own. They receive, and
+they send what a socket does not take at once.
 """
 
 from __future__ import annotations

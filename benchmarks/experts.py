@@ -1,13 +1,17 @@
-"""A whole layer with its experts, forward and backward, against the same experts' matmuls and copies of the same rows.
+"""How much does moecomm add to the matmuls of a layer's experts, forward and backward?
 
     python -m benchmarks.experts           # or: make bench
     python -m benchmarks.experts --device cuda
 
-SwiGLU experts by torch's grouped_mm in bfloat16, on one process, with the gradients of tokens, weights and experts. Two floors: grouped_mm
-alone on rows that lie ready, and a copy of as many rows as plan, dispatch and combine must read and write, (5 N + 4 T) / 2 of them: a
-gather reads T and writes N, a sum reads N and writes T, and the backward of each is the other, which for the weighted sum reads its N rows
-too; and one dense matmul of as many rows by one expert. Beside it the other ways with the same experts, and, on a GPU, projects that join
-the permutation to the matmuls; and static mode, launched and as a CUDA graph.
+SwiGLU experts by torch's grouped_mm in bfloat16, on one process, with the gradients of tokens, weights and experts. There are two floors:
+
+- grouped_mm alone on rows that are ready, plus a copy of as many rows as plan, dispatch and combine must read and write: (5 N + 4 T) / 2.
+  A gather reads T rows and writes N. A sum reads N and writes T. The backward of each is the other. The backward of the weighted sum also
+  reads its N rows.
+- One dense matmul of as many rows by one expert.
+
+The other methods run with the same experts. On a GPU, so do projects that join the permutation to the matmuls, and static mode runs both
+launched and as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -86,7 +90,7 @@ def has_room(*experts: Tensor) -> bool:
     needed = 4 * sum(matrix.nbytes for matrix in experts)
     there = torch.cuda.get_device_properties().total_memory
     if needed > there:
-        print(f"{GRAPH} is left out: it takes about {needed / 2**30:.0f} GiB, and there are {there / 2**30:.0f}", flush=True)
+        print(f"{GRAPH} is left out: it needs about {needed / 2**30:.0f} GiB, and the GPU has {there / 2**30:.0f}", flush=True)
     return needed <= there
 
 

@@ -1,6 +1,6 @@
-"""The lines in `benchmarks/results/` as the tables of docs/benchmarks.md and as pictures.
+"""Writes the tables and pictures of docs/benchmarks.md from the committed results in `benchmarks/results/`. It measures nothing.
 
-python -m benchmarks.figures           # all of them anew, from the committed lines
+python -m benchmarks.figures
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from benchmarks.timing import RESULTS, Line
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
-    "layer": ("A layer beside the other ways", layer_tables.layer),
-    "cpu_time": ("Where a step's CPU time goes", layer_tables.cpu_time),
-    "floors": ("Each op beside a copy of the same rows", tables.floors),
-    "experts": ("A layer with its experts", tables.experts),
-    "sweep": ("How the cost grows", sweep_tables.sweep),
-    "links": ("The model, measured and predicted", tables.links),
+    "layer": ("A layer compared with other methods", layer_tables.layer),
+    "cpu_time": ("CPU time of one step", layer_tables.cpu_time),
+    "floors": ("Each op compared with a copy of its rows", tables.floors),
+    "experts": ("A layer with experts", tables.experts),
+    "sweep": ("How the cost grows with each variable", sweep_tables.sweep),
+    "links": ("The exchange model: predicted and measured", tables.links),
 }
 DRAWN: dict[str, Callable[[Line, Path], None]] = {"layer": pictures.layer, "sweep": pictures.sweep, "links": pictures.links}
-DEVICES = {"cpu": "On CPUs", "cuda": "On a GPU"}
+DEVICES = {"cpu": "On CPUs", "cuda": "On a GPU: all tables"}
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""How far each op is from the floor: one copy of the T * K rows into memory that is already mapped, on the same device, in the same run.
+"""How close is each op to one copy of the T * K rows into memory that is already mapped, on the same device, in the same run?
 
     python -m benchmarks.floors            # or: make bench
     python -m benchmarks.floors --device cuda
 
-Every op is checked against plain torch before it is timed. On a GPU, what counts is the share of the copy's bandwidth: for a gather that
-reads and writes N rows, for a sum that reads N and writes T; and the plan's time in static mode, by itself and as a CUDA graph.
+Every op is checked against plain torch before it is timed. On a GPU the measure is the share of the copy's bandwidth: a gather reads and
+writes N rows, a sum reads N and writes T. It also times the plan in static mode, alone and as a CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The layers of other projects as they are published for GPUs, each where it is installed, beside those of `benchmarks/peers.py`.
+"""How fast are the layers of other projects on a GPU? Each one that is installed runs beside those of `benchmarks/peers.py`.
 
-Written to the public functions of these versions, read from their sources:
+They are called through the public functions of these versions:
 
 - MegaBlocks 0.10.0 (databricks/megablocks, megablocks/layers/moe.py and megablocks/ops): ``sort``, ``histogram``, ``inclusive_cumsum``, and
-  the permutation ``gather`` and ``scatter``. It asks for torch 2.7.
+  the permutation ``gather`` and ``scatter``. It needs torch 2.7.
 - Transformer Engine 2.20.2 (NVIDIA/TransformerEngine, transformer_engine/pytorch/permutation.py): ``moe_permute`` and ``moe_unpermute``
   with map_type="index", the map of [T, K] ids.
 - ScatterMoE (shawntan/scattermoe at 2d15f31, not on PyPI; scattermoe/parallel_experts.py): ``flatten_sort_count``, ``parallel_linear``.
-- SonicMoE 0.1.2.post1 (Dao-AILab/sonic-moe, sonicmoe/functional/__init__.py): ``moe_general_routing_inputs``. It asks for Python 3.12.
+- SonicMoE 0.1.2.post1 (Dao-AILab/sonic-moe, sonicmoe/functional/__init__.py): ``moe_general_routing_inputs``. It needs Python 3.12.
 
-The first two permute rows, and take any experts: they are a `peers.Layer`. The other two join the permutation to the experts' matmuls: a
-`Whole`, of SwiGLU experts. None drops slots. One that is not installed, cannot run here, or fails the check against the dense float64 layer
-is left out, with a line that says why.
+The first two permute rows and take any experts: each is a `peers.Layer`. The other two join the permutation to the matmuls of SwiGLU
+experts: each is a `Whole`. None drops slots. A project is left out if it is not installed, cannot run here, or fails the check against the
+dense float64 layer. A line then says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the layers are measured on: tokens, a routing of a given kind, and a step forward and backward."""
+"""Which inputs do the benchmarks use? Tokens, a routing of a given kind, and a step forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw profiles of torch.profiler, one a rank: what a rank computes above, and which exchanges are under way below.
+"""What does each rank compute during an exchange? Draws torch.profiler profiles, one per rank: computation above, exchanges below.
 
 python -m benchmarks.lanes rank0.json rank1.json picture.png
 """

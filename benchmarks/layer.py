@@ -1,11 +1,11 @@
-"""plan, dispatch and combine against the published ways of the same layer, forward and backward, in one run.
+"""How fast are plan, dispatch and combine compared with other published methods, forward and backward, in one run?
 
     python -m benchmarks.layer             # or: make bench
     python -m benchmarks.layer --device cuda
 
-Experts give their rows back as they came, so that what is measured is everything around them. On 4 gloo processes and on one, each of one
-thread; and the bytes, the memory, the time at tiny sizes, and what a second thread a rank does. Each layer is checked against a dense one
-in float64 before it is timed.
+The experts return their rows unchanged, so it measures everything around them. It runs on 4 gloo processes and on one, each with one
+thread. It also measures bytes, memory, the time at tiny sizes, and the effect of a second thread per rank. Each layer is checked against a
+dense one in float64 before it is timed.
 """
 
 from __future__ import annotations

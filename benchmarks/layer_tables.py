@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.layer`: the targets first, then everything that was measured."""
+"""Does `benchmarks.layer` meet its targets? Its tables: the targets first, then all measurements, and the CPU time of a step."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ def layer(results: Line) -> str:
     lines = results["lines"]
     parts = [ran(results["about"])]
     if found(lines, what="4 ranks"):
-        parts += ["#### Against the targets", targets(lines), "#### 4 gloo ranks, a step", ranks(lines)]
-    parts += ["#### One process, a step", one(lines)]
+        parts += ["#### Targets", targets(lines), "#### One step on 4 gloo ranks", ranks(lines)]
+    parts += ["#### One step on one process", one(lines)]
     if found(lines, what="bytes"):
-        parts += ["#### Bytes and memory on 4 ranks, a step", amounts(lines)]
-    return "\n\n".join([*parts, "#### At tiny sizes, forward, and threads", small(lines)])
+        parts += ["#### Bytes and memory of one step on 4 ranks", amounts(lines)]
+    return "\n\n".join([*parts, "#### Tiny sizes (forward) and threads", small(lines)])
 
 
 def targets(lines: list[Line]) -> str:
     warm = {"what": "4 ranks", "memory": WARM}
     rows = [
-        [f"faster than `k_fold`, K = {k}, warm", f">= {least}x"]
+        [f"speed-up over `k_fold`, K = {k}, warm", f">= {least}x"]
         + [judged(found(lines, case="k_fold", dtype=dtype, k=k, **warm), least=least) for dtype in DTYPES]
         for k, least in FASTER.items()
     ]
     plan = [judged(found(lines, case="plan", dtype=dtype, **warm), most=PLAN) for dtype in DTYPES]
     metadata = [judged(found(lines, case="metadata", dtype=dtype), most=METADATA) for dtype in DTYPES]
     peak = [judged(found(lines, what="peak memory", to="k_fold", dtype=dtype, k=8, ranks=4), most=PEAK) for dtype in DTYPES]
-    rows.append(["plan of dispatch and combine forward, the largest over K, warm", f"<= {PLAN:.0%}", *plan])
-    rows.append(["metadata of all bytes sent, the largest over K", f"< {METADATA:.0%}", *metadata])
-    rows.append(["peak memory of `k_fold`'s, K = 8", f"<= {PEAK}x", *peak])
-    return table(["", "target", *DTYPES], rows)
+    rows.append(["plan / dispatch and combine, forward, largest over K, warm", f"<= {PLAN:.0%}", *plan])
+    rows.append(["metadata / all bytes sent, largest over K", f"< {METADATA:.0%}", *metadata])
+    rows.append(["peak memory / peak memory of `k_fold`, K = 8", f"<= {PEAK}x", *peak])
+    return table(["measure", "target", *DTYPES], rows)
 
 
 def judged(lines: list[Line], least: float | None = None, most: float | None = None) -> str:
@@ -48,7 +48,16 @@ def judged(lines: list[Line], least: float | None = None, most: float | None = N
 
 
 def ranks(lines: list[Line]) -> str:
-    header = ["memory", "dtype", "K", "`k_fold` / moecomm", "`by_expert` / moecomm", "moecomm / floor", "plan / forward", "moecomm, ms"]
+    header = [
+        "memory",
+        "dtype",
+        "K",
+        "`k_fold` / moecomm",
+        "`by_expert` / moecomm",
+        "moecomm / floor",
+        "plan / dispatch and combine, forward",
+        "moecomm, ms",
+    ]
     rows = []
     for memory in SETTINGS:
         for dtype in DTYPES:
@@ -72,7 +81,7 @@ def one(lines: list[Line]) -> str:
         ]
         for line in found(lines, what="1 process")
     ]
-    return table(["memory", "dtype", "", "ratio", "ms", ""], rows)
+    return table(["memory", "dtype", "comparison", "time ratio", "ms", "sizes"], rows)
 
 
 def amounts(lines: list[Line]) -> str:
@@ -83,7 +92,9 @@ def amounts(lines: list[Line]) -> str:
             (peak,) = found(lines, what="peak memory", dtype=dtype, k=k, ranks=4)
             millions = " / ".join(f"{amount / 2**20:.0f}" for amount in peak["amounts"])
             rows.append([dtype, str(k), f"{sent['ratio']:.3f}", f"{metadata['ratio']:.2%}", f"{peak['ratio']:.2f}", millions])
-    return table(["dtype", "K", "bytes, moecomm / `k_fold`", "metadata", "peak memory, moecomm / `k_fold`", "MiB a rank"], rows)
+    return table(
+        ["dtype", "K", "bytes, moecomm / `k_fold`", "metadata", "peak memory, moecomm / `k_fold`", "MiB per rank, moecomm / `k_fold`"], rows
+    )
 
 
 def small(lines: list[Line]) -> str:
@@ -98,7 +109,7 @@ def small(lines: list[Line]) -> str:
         for line in lines
         if line["what"].startswith(("tiny", "threads"))
     ]
-    return table(["", "memory", "", "ratio", "microseconds"], rows)
+    return table(["case", "memory", "comparison", "time ratio", "microseconds"], rows)
 
 
 def cpu_time(results: Line) -> str:
@@ -109,5 +120,5 @@ def cpu_time(results: Line) -> str:
             parts = ", ".join(f"{line['case']} {line['ratio']:.0%}" for line in found(results["lines"], way=way, **alike))
             ratio = f"{whole['ratio']:.2f}" if way == "moecomm" else ""
             rows.append([*map(str, alike.values()), way, f"{1e3 * seconds:.1f}", ratio, parts])
-    header = ["memory", "dtype", "K", "", "CPU ms a rank", "`k_fold` / moecomm", "of it"]
+    header = ["memory", "dtype", "K", "method", "CPU ms per rank", "`k_fold` / moecomm", "share of the CPU time"]
     return ran(results["about"]) + "\n\n" + table(header, rows)

@@ -1,10 +1,11 @@
-"""The model of `benchmarks/model.py` held to gloo on this machine: fitted on some exchanges, it predicts others.
+"""How well does the model of `benchmarks/model.py` predict gloo's exchanges on this machine?
 
     python -m benchmarks.links             # or: make bench
 
-All ranks of this machine share its cores and its memory, so that here the link is one for all: latency, overhead for each message of any
-rank, and the bytes of all ranks by the speed. The three are fitted to exchanges of equal parts on 2 and 4 ranks at every other size, and
-predict the other sizes, 8 ranks, and the rows of a routed layer there and back, whose pairs the model expects and does not count.
+All ranks of this machine share its cores and its memory, so there is one link for all ranks. It has three numbers: a latency, an overhead
+for each message of any rank, and a speed for the bytes of all ranks. They are fitted to exchanges of equal messages on 2 and 4 ranks, at
+every second size. They predict the other sizes, 8 ranks, and the rows of a routed layer there and back. For those rows the model uses the
+expected number of pairs and does not count them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def measure(device: str, memory: str) -> list[Line]:
         return []  # every buffer here is already mapped
     measured = [each for ranks in RANKS for each in run_ranks(exchanges_here, ranks, timeout=300)[0]]
     link = fit([each for each in measured if fitted(each)])
-    print(f"latency {1e6 * link.latency:.0f} us, overhead {1e6 * link.overhead:.1f} us a message, {link.speed / 1e9:.2f} GB/s", flush=True)
+    print(f"latency {1e6 * link.latency:.0f} us, {1e6 * link.overhead:.1f} us per message, {link.speed / 1e9:.2f} GB/s", flush=True)
     return [compared(link, each) for each in measured]
 
 

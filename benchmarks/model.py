@@ -1,16 +1,18 @@
-"""What the exchanges of a layer should take: pairs expected, bytes of each link, latencies, overhead of each message.
+"""How long should the exchanges of a layer take? A model of expected pairs, bytes per link, latencies and overheads.
 
-A link has three numbers: the seconds of an exchange that carries next to nothing, the seconds of each message beyond that, and bytes a
-second. An exchange takes, of the links inside a node and between nodes, which carry at the same time, the slower one's
+A link has three numbers: the seconds of an exchange of almost no bytes, the seconds of each message beyond that, and the bytes per second.
+The links inside a node and between nodes carry data at the same time. An exchange takes the time of the slower one:
 
     latency + messages * overhead + bytes / speed.
 
-Uniform routing: a token's K experts are any K of E, all sets alike. A rank has L = E / P of them, and gets a pair of the token unless none
-of the K is among the L: with probability 1 - C(E - L, K) / C(E, K). With node-limited routing to M of the nodes, any M alike and then any K
-of their E' = E * M / nodes experts, a rank is in the choice with probability M / nodes, and then it is 1 - C(E' - L, K) / C(E', K).
-`route` takes the nodes by their best two scores, which spreads the K: 5 % more pairs for K = 8 of 64 experts on 16 ranks, 4 of 8 nodes.
+Uniform routing: a token's K experts are any K of E, and all sets are equally likely. A rank has L = E / P experts. It gets a pair of the
+token unless none of the K is among its L: the probability is 1 - C(E - L, K) / C(E, K).
 
-`benchmarks/links.py` fits a link to gloo on this machine and holds the model to what it measures there; the cluster here is assumed.
+Node-limited routing to M of the nodes: any M nodes are equally likely, and then any K of their E' = E * M / nodes experts. A rank's node is
+chosen with probability M / nodes. The probability of a pair is then 1 - C(E' - L, K) / C(E', K). `route` chooses the nodes by their best
+two scores, which spreads the K experts: 5 % more pairs for K = 8 of 64 experts on 16 ranks, 4 of 8 nodes.
+
+`benchmarks/links.py` fits a link to gloo on this machine and compares the model with measurements. The cluster here is assumed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How much of an exchange a shared expert hides, compiled with `overlap_exchanges` and without, in one run.
+"""How much of an exchange does a shared expert hide, compiled with `overlap_exchanges` and without, in one run?
 
     python -m benchmarks.overlap
 
-Two processes, one thread each. A layer beside a shared expert that takes about as long as its two exchanges of rows; "hidden" is what
-the pass saves, of the shorter of the two: between medians of interleaved repeats, and the quartiles of their differences. Every compiled
-result is checked against eager mode before it is timed. Two networks:
+Two processes with one thread each. The layer runs beside a shared expert that takes about as long as the layer's two exchanges of rows.
+"Hidden" is the time that the pass saves, relative to the shorter of the two. It compares the medians of alternating repeats, and gives the
+quartiles of their differences. Every compiled result is checked against eager mode before it is timed. There are two networks:
 
-- gloo: localhost. Its exchange is copying, by the same cores that the experts run on.
-- paced: gloo, where an exchange arrives no sooner than its bytes at `SPEED` would, and waiting takes no processor: what the order alone
-  gives.
+- gloo: localhost. Its exchange is a copy by the same cores that the experts run on.
+- paced: gloo, but an exchange arrives no sooner than its bytes would at `SPEED`, and waiting uses no processor. It shows what the order
+  alone hides.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def main() -> None:
             if (network, backward) == ("paced", False):
                 draw([profile, other], PICTURE)
             print(
-                f"{line['hidden']:5.0%} ({line['low']:.0%} to {line['high']:.0%})  {line['case']}: of {line['shorter']:.1f} ms hidden, ",
+                f"{line['hidden']:5.0%} ({line['low']:.0%} to {line['high']:.0%})  of {line['shorter']:.1f} ms hidden, {line['case']}: ",
                 end="",
             )
-            print(f"{line['without']:.1f} ms without the pass, {line['with']:.1f} with")
+            print(f"{line['without']:.1f} ms without the pass, {line['with']:.1f} ms with it")
     about = {"device": f"{platform.machine()} CPU, 2 processes of 1 thread", "torch": torch.__version__, "tokens": TOKENS, "dim": DIM}
     RESULTS.joinpath("overlap_cpu.json").write_text(json.dumps({"about": about, "lines": lines}, indent=1) + "\n")
 

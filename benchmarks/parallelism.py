@@ -1,7 +1,9 @@
-"""Each way of parallelism against one process, as tables: ``python -m benchmarks.parallelism`` writes docs/parallelism.md.
+"""Does every parallelism train the same model as one process? Writes the tables of docs/parallelism.md.
 
-Every row is a real training on gloo processes, in float64, by the functions that the tests train with; what it is compared with is computed
-by one process without moecomm. The tests hold every split of 8 ranks to the same; these are the ones with a name.
+    python -m benchmarks.parallelism
+
+Every row is a real training run on gloo processes, in float64. It uses the training functions of the tests. The reference is one process
+that does not import moecomm. The tests check every split of 8 ranks in the same way; this file has the splits with a name.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def ways() -> dict[str, Way]:
         "data, by `sync_grads_`": Way((sizes, expert.STEPS, expert.CLIP), expert.train, (sizes, 4, 1)),
         "expert": Way((sizes, expert.STEPS, expert.CLIP), expert.train, (sizes, 4, 4)),
         "expert x expert-data": Way((sizes, expert.STEPS, expert.CLIP), expert.train, (sizes, 4, 2)),
-        "experts placed, and replicated": Way(
+        "experts with a placement and replicas": Way(
             (sizes, 6, test_placement.CLIP), test_placement.train, (sizes, replicated, 6), replicated.placement
         ),
         "FSDP2, expert x expert-data": Way((sizes, test_fsdp.STEPS, test_fsdp.CLIP), train_fsdp, (sizes,)),
@@ -68,7 +70,7 @@ def ways() -> dict[str, Way]:
     for order, text in orders.items():
         arguments = sizes, (1, 2, 2), order, False
         found[f"expert x tensor, {text}"] = Way((sizes, tensor.STEPS, tensor.CLIP), tensor.train, arguments)
-    for way, text in {"whole": "tokens that tp ranks have whole", "sequence": "a sequence in uneven slices"}.items():
+    for way, text in {"whole": "tokens replicated on the tp ranks", "sequence": "a sequence in uneven slices"}.items():
         found[f"slice, {text}"] = Way((odd, slices.STEPS, slices.CLIP), slices.train, (odd, 2, 2, way))
     for schedule in test_pipeline.SCHEDULES:
         found[f"pipeline x expert, {schedule}"] = Way(
@@ -132,7 +134,7 @@ def checkpoints() -> str:
             part = range(i * steps // 3, (i + 1) * steps // 3)
             losses += run_ranks(test_checkpoint.train, 4, sizes, how, saved[i], saved[i + 1], part, timeout=200)[0]
         weights = weights_differ(run_ranks(loaded, 1, sizes, saved[-1])[0], expected.parameters)
-    name = "saved and loaded on (edp, ep, etp) of (2, 2, 1) under FSDP2, (1, 2, 2) and (1, 4, 1)"
+    name = "saved and loaded on three (edp, ep, etp) meshes: (2, 2, 1) under FSDP2, (1, 2, 2), (1, 4, 1)"
     return f"| {name} | {largest(losses, expected.losses):.0e} | | {weights:.0e} | | | |"
 
 
@@ -146,28 +148,39 @@ def loaded(sizes: Sizes, source: Path) -> dict[str, Tensor]:
 
 
 PAGE = """\
-# Every way of parallelism is the same training
+# Every parallelism trains the same model
 
-Each row is a training on gloo processes, in float64 (torch {torch}): dense and MoE layers, AdamW, gradients clipped below their norm at
-every step, a balance loss over the whole batch; in eager mode, and with the layers compiled (fullgraph=True, backend "aot_eager"). It is
-compared with one process that computes every expert densely and does not import moecomm: the largest relative difference in any step's
-loss, in any step's gradient norm before clipping, and in any weight after the last step, on any rank. What is left in float64 is the order
-of sums.
+The tables compare training runs on gloo processes with a run on one process. In float64, only the order of sums differs.
 
-The tables are written by `python -m benchmarks.parallelism`, with the functions that the tests train with; `tests/parallel/test_hybrid.py`
-holds every split of 8 ranks to the same, eager and compiled.
+| | |
+|---|---|
+| model | dense and MoE layers |
+| numbers | float64 (torch {torch}) |
+| optimizer | AdamW; gradients are clipped at every step, because their norm is above the limit |
+| loss | with a balance loss over the whole batch |
+| mode | eager, and with compiled layers (fullgraph=True, backend "aot_eager") |
+| reference | one process that computes every expert densely and does not import moecomm |
 
-## Each way, on 4 ranks
+Each number is the largest relative difference from the reference, on any rank:
 
-| way | loss | gradient norm | weights | compiled: loss | gradient norm | weights |
+- **loss**: in the loss of any step
+- **gradient norm**: in the gradient norm of any step, before clipping
+- **weights**: in any weight after the last step
+
+`python -m benchmarks.parallelism` writes the tables, with the training functions of the tests. `tests/parallel/test_hybrid.py` checks every
+split of 8 ranks in the same way, eager and compiled.
+
+## Each parallelism on 4 ranks
+
+| case | loss | gradient norm | weights | compiled: loss | gradient norm | weights |
 |---|---|---|---|---|---|---|
 {alone}
 
-## All together, on 8 ranks
+## Combinations on 8 ranks
 
 {steps} steps, two microbatches (GPipe), gradients clipped to {clip}.
 
-| way | dense: pp x (dp, tp) | experts: pp x (edp, ep, etp) | loss | gradient norm | weights | compiled: loss | gradient norm | weights |
+| case | dense: pp x (dp, tp) | experts: pp x (edp, ep, etp) | loss | gradient norm | weights | compiled: loss | gradient norm | weights |
 |---|---|---|---|---|---|---|---|---|
 {together}
 """

@@ -1,12 +1,15 @@
-"""The published ways of a Mixture-of-Experts exchange, written anew from their descriptions: what moecomm is measured against.
+"""Which methods is moecomm compared with? The published Mixture-of-Experts exchanges, written from scratch from their descriptions.
 
-Each is ``layer(x, experts, weights, num_experts, compute) -> y``, and `moecomm` is the same layer by this library: x [T, D] of this rank,
-experts [T, K] with -1 for a dropped slot, weights [T, K], ``compute(rows, ends, first)`` the user's experts on rows [N, D] that are grouped
-by local expert: those of expert ``first + i`` end before row ``ends[i]``, as grouped_mm takes them. `k_fold` and `by_expert` work on the
-default process group or without any; `expert_loop` and `one_hot` on one process, as they are published.
+Each is ``layer(x, experts, weights, num_experts, compute) -> y``, and `moecomm` is the same layer by this library.
 
-Each step is the ATen call that was fastest on CPUs, where its project has another with the same result: index_select in place of
-``x[index]``, index_add in place of scatter_add. Sums and products are in the dtypes of the project.
+- x [T, D]: the tokens of this rank. experts [T, K], with -1 for a dropped slot. weights [T, K].
+- ``compute(rows, ends, first)``: the user's experts on rows [N, D] that are grouped by local expert. The rows of expert ``first + i`` end
+  before row ``ends[i]``, as grouped_mm takes them.
+
+`k_fold` and `by_expert` work on the default process group or without any. `expert_loop` and `one_hot` work on one process, as published.
+
+Each step uses the ATen call that was fastest on CPUs, where the project uses another one with the same result: index_select in place of
+``x[index]``, index_add in place of scatter_add. Sums and products use the dtypes of the project.
 """
 
 from __future__ import annotations

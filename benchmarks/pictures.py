@@ -1,4 +1,4 @@
-"""The pictures of the results, beside their lines in `benchmarks/results/`."""
+"""Draws the pictures of docs/benchmarks.md into `benchmarks/results/`, from the results there."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def layer(results: Line, picture: Path) -> None:
                 around = [[line["ratio"] - line["low"] for line in here], [line["high"] - line["ratio"] for line in here]]
                 at_k, label = [line["k"] for line in here], f"{case}, {memory}"
                 axis.errorbar(at_k, ratios, around, color=COLORS[case], linestyle=style, marker="o", capsize=3, label=label)
-        axis.plot(sorted(FASTER), [FASTER[k] for k in sorted(FASTER)], color="gray", linestyle="--", label="target, to k_fold, warm")
+        axis.plot(sorted(FASTER), [FASTER[k] for k in sorted(FASTER)], color="gray", linestyle="--", label="target for k_fold, warm")
         axis.axhline(1, color="lightgray", zorder=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted(FASTER), [str(k) for k in sorted(FASTER)])
-        axis.set_xlabel("K, experts a token")
+        axis.set_xlabel("K, experts per token")
         axis.set_title(f"{dtype}, 4 gloo ranks, forward and backward", fontsize=9)
-    axes[0].set_ylabel("time / moecomm's")
+    axes[0].set_ylabel("time / time of moecomm")
     axes[0].legend(fontsize=8)
     titled(figure, results, picture)
 
@@ -79,7 +79,7 @@ def sweep(results: Line, picture: Path) -> None:
             axis.set_xticks(values, [str(value) for value in values], fontsize=7)
             axis.minorticks_off()
         axis.set_xlabel(name)
-        axis.set_ylabel("ms a step")
+        axis.set_ylabel("ms per step")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes.flat[0].legend(
         handles.values(), [f"{label}" for label in handles], fontsize=7, title="solid: warm, dotted: as installed", title_fontsize=6
@@ -95,7 +95,7 @@ def links(results: Line, picture: Path) -> None:
         for what, marker, those in (
             ("fitted", "x", found(lines, ranks=ranks, fitted=True)),
             ("predicted", "o", found(lines, ranks=ranks, fitted=False, what="equal parts")),
-            ("a layer's rows, predicted", "^", [line for line in found(lines, ranks=ranks) if line["what"] != "equal parts"]),
+            ("rows of a layer, predicted", "^", [line for line in found(lines, ranks=ranks) if line["what"] != "equal parts"]),
         ):
             predicted, measured = ([line["milliseconds"][i] for line in those] for i in (0, 1))
             if those:
@@ -110,11 +110,11 @@ def links(results: Line, picture: Path) -> None:
         if name.startswith(("moecomm", "k_fold")):
             style = "--" if "," in name else "-"
             right.plot(across, [line[name] for line in gpus], style, marker="o", markersize=3, color=COLORS[name.split(",")[0]], label=name)
-    right.set(xscale="log", yscale="log", xlabel="GPUs of the expert-parallel group", ylabel="dispatch and combine forward, ms")
+    right.set(xscale="log", yscale="log", xlabel="GPUs in the expert-parallel group", ylabel="dispatch and combine forward, ms")
     right.set_xscale("log", base=2)
     right.set_xticks(across, [str(gpu) for gpu in across], fontsize=7)
-    right.set_title("predicted: T = 8192 a GPU, D = 7168, K = 8, bf16, E = max(256, GPUs)", fontsize=9)
+    right.set_title("predicted: T = 8192 per GPU, D = 7168, K = 8, bf16, E = max(256, GPUs)", fontsize=9)
     right.legend(fontsize=8)
     assumed = "\n".join(textwrap.fill(source, 62) for source in about["cluster"]["sources"])
-    right.text(0.98, 0.03, f"exchanges alone; assumed:\n{assumed}", transform=right.transAxes, fontsize=6, ha="right", va="bottom")
+    right.text(0.98, 0.03, f"exchanges only; assumed cluster:\n{assumed}", transform=right.transAxes, fontsize=6, ha="right", va="bottom")
     titled(figure, results, picture)

@@ -1,10 +1,11 @@
-"""Whether hours of training leave anything behind: memory, open files, threads or process groups, on any rank.
+"""Do hours of training leave anything behind: memory, open files, threads or process groups, on any rank?
 
     python -m benchmarks.soak --minutes 30     # or: make soak
 
-The demo's MoE layer, eager and compiled by turns, forward, backward and an optimiser's step, on gloo processes (NCCL on GPUs), with another
-number of tokens on each rank at each step. What a process has is read after every round of steps; once it is warm none of it may grow. The
-figures go to benchmarks/results/soak_<device>.json; where one grows, the run ends with an error that says which, where, and by how much.
+It trains the demo's MoE layer on gloo processes (NCCL on GPUs): forward, backward and an optimizer step. Steps alternate between eager and
+compiled. Each rank gets another number of tokens at each step. After every round of steps it samples each process. After the warm-up
+nothing may grow. The samples go to benchmarks/results/soak_<device>.json. If something grows, the run ends with an error that says what,
+on which rank, and by how much.
 """
 
 from __future__ import annotations

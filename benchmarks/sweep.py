@@ -1,12 +1,12 @@
-"""How the cost of a layer grows: one variable at a time about a base point, for moecomm, the other ways, and the floor.
+"""How does the cost of a layer grow with each variable, for moecomm, the other methods, and the floor?
 
     python -m benchmarks.sweep             # or: make bench
     python -m benchmarks.sweep --device cuda
 
-Variables: tokens (of all ranks together), the hidden size, experts, experts a token, ranks, and how even the routing is. A line a point and
-way: its time to moecomm's, the most memory that a rank allocates in a step, and what it keeps for the backward pass, beyond the tensors
-that the caller has. The largest points take about 4 GiB, of all ranks together. The floor: on ranks, the step's four exchanges of rows by
-themselves; on one process, a copy of all rows.
+One variable changes at a time, around a base point: tokens (of all ranks together), the hidden size, experts, experts per token, ranks, and
+how even the routing is. Each point and method gives one line: its time relative to moecomm's, the largest memory that a rank allocates in a
+step, and what it keeps for the backward pass beyond the tensors that the caller has. The largest points take about 4 GiB, of all ranks
+together. The floor on ranks is the step's four exchanges of rows alone. The floor on one process is a copy of all rows.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def measure(device: str, memory: str) -> list[Line]:
         lines += made
         best = min((line for line in made if line["case"] not in (MOECOMM, FLOOR)), key=lambda line: line["ratio"])
         whole = ", ".join(f"{name} {value}" for name, value in point._asdict().items())
-        print(f"{best['ratio']:7.3f} ({best['low']:.3f} to {best['high']:.3f})  {best['case']}: to moecomm; {whole}, {memory}", flush=True)
+        print(f"{best['ratio']:7.3f} ({best['low']:.3f} to {best['high']:.3f})  {best['case']} / moecomm; {whole}, {memory}", flush=True)
     return lines
 
 

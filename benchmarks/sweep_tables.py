@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.sweep`: at each point moecomm beside the best of the others, and which points miss."""
+"""At which points is moecomm slower than the best other method? The tables of `benchmarks.sweep`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def sweep(results: Line) -> str:
     memories = [memory for memory in SETTINGS if any(line["memory"] == memory for line in lines)]
     missed = {memory: [name(point, device) for point in made(lines) if misses(at(lines, point, memory))] for memory in memories}
     count = len(made(lines))
-    parts = [ran(about), f"The base point: {whole(base(device))}; {lines[0]['dtype']}."]
+    parts = [ran(about), f"Base point: {whole(base(device))}; {lines[0]['dtype']}."]
     for memory in memories:
         points = f": {'; '.join(missed[memory])}" if missed[memory] else ""
-        parts.append(f"Slower than the best other way by over 5 %, {memory}: {len(missed[memory])} of {count} points{points}.")
+        parts.append(f"More than 5 % slower than the best other method, {memory}: {len(missed[memory])} of {count} points{points}.")
     header = [
-        "",
-        *(f"best other / moecomm, {memory}" for memory in memories),
+        "point",
+        *(f"best other method / moecomm, {memory}" for memory in memories),
         "moecomm / floor",
         "ms",
-        "peak MiB",
-        "kept for backward, MiB",
+        "peak MiB, moecomm / best other",
+        "MiB kept for backward, moecomm / best other",
     ]
     rows = []
     for axis in AXES:

@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, but for those of the layer and of the sweep: floors, a layer with its experts, the model."""
+"""The tables of docs/benchmarks.md for the ops, a layer with experts, and the exchange model; and what all tables share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verdict(met: bool) -> str:
 def ran(about: Line) -> str:
     """On what a run was made, and how long it took."""
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
-    took = f"{about['seconds']:.0f} s, load average before it {about['load before']:.1f}"
+    took = f"run time {about['seconds']:.0f} s, load average before the run {about['load before']:.1f}"
     return f"{about['device']}; Python {about['python']}, {packages}; {took}."
 
 
@@ -52,7 +52,7 @@ def floors(results: Line) -> str:
         rows.append(
             [line["memory"], line["dtype"], f"`{line['case']}`", spread(line), target, f"{1e3 * line['milliseconds'][0]:.0f}", sized(line)]
         )
-    parts.append(table(["memory", "dtype", "", "time / copy's", "target", "us", ""], rows))
+    parts.append(table(["memory", "dtype", "op", "time / time of a copy", "target", "us", "sizes"], rows))
     if on_gpu:
         rows = []
         for line in found(lines, what="bandwidth"):
@@ -62,7 +62,7 @@ def floors(results: Line) -> str:
         first = found(lines, case="plan, static, in a CUDA graph")[0]
         taken = first["milliseconds"][0]
         rows.append(["plan, static", f"{1e3 * taken:.0f} us", f"<= 60 us: {verdict(taken <= PLAN_ON_GPU)}", sized(first)])
-        parts.append(table(["", "of a copy's bandwidth", "target", ""], rows))
+        parts.append(table(["op", "share of a copy's bandwidth", "target", "sizes"], rows))
     return "\n\n".join(parts)
 
 
@@ -79,27 +79,29 @@ def experts(results: Line) -> str:
         memory = f"{peak[0]['ratio']:.2f}" if peak else ""
         times = " / ".join(f"{ms:.1f}" for ms in line["milliseconds"])
         rows.append([line["memory"], f"{line['case']} / {line['to']}", spread(line), target, times, memory, sized(line)])
-    return ran(results["about"]) + "\n\n" + table(["memory", "", "time", "target", "ms", "peak memory", ""], rows)
+    return (
+        ran(results["about"]) + "\n\n" + table(["memory", "comparison", "time ratio", "target", "ms", "peak memory ratio", "sizes"], rows)
+    )
 
 
 def links(results: Line) -> str:
     about, lines = results["about"], results["lines"]
     link = lines[0]["link"]
     fitted = (
-        f"Fitted here: latency {1e6 * link['latency']:.0f} us, {1e6 * link['overhead']:.1f} us a message, {link['speed'] / 1e9:.2f} GB/s."
+        f"Fitted link: latency {1e6 * link['latency']:.0f} us, {1e6 * link['overhead']:.1f} us per message, {link['speed'] / 1e9:.2f} GB/s."
     )
     rows = []
     for ranks in sorted({line["ranks"] for line in lines}):
         for what, those in (
-            ("equal parts, fitted", found(lines, ranks=ranks, fitted=True)),
-            ("equal parts, predicted", found(lines, ranks=ranks, fitted=False, what="equal parts")),
+            ("equal messages, fitted", found(lines, ranks=ranks, fitted=True)),
+            ("equal messages, predicted", found(lines, ranks=ranks, fitted=False, what="equal parts")),
             ("rows of a layer, predicted", [line for line in found(lines, ranks=ranks) if line["what"] != "equal parts"]),
         ):
             ratios = sorted(line["ratio"] for line in those)
             if ratios:
                 middle = ratios[len(ratios) // 2]
                 rows.append([str(ranks), what, str(len(ratios)), f"{middle:.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
-    parts = [ran(about), fitted, table(["ranks", "", "exchanges", "predicted / measured, median", "all of them"], rows)]
+    parts = [ran(about), fitted, table(["ranks", "exchanges", "number", "predicted / measured, median", "range"], rows)]
     gpus = about["gpus"]
     limited = next(name for name in gpus[0] if name.startswith("moecomm, "))
     rows = [
@@ -114,13 +116,21 @@ def links(results: Line) -> str:
         for line in gpus
     ]
     parts += [
-        "The cluster is assumed, not measured: "
+        "The next table predicts exchanges on this cluster, which is assumed and not measured: "
         + "; ".join(about["cluster"]["sources"])
-        + ". T = 8192 tokens a GPU, D = 7168, K = 8, bfloat16, E = 256, or one expert a GPU from 256 on."
+        + ". T = 8192 tokens per GPU, D = 7168, K = 8, bfloat16, E = 256, or one expert per GPU from 256 GPUs on."
     ]
     parts.append(
         table(
-            ["GPUs", "pairs a token", "moecomm, ms", "K-fold, ms", "K-fold / moecomm", "pairs, 4 nodes a token", "moecomm, 4 nodes, ms"],
+            [
+                "GPUs",
+                "pairs per token",
+                "moecomm, ms",
+                "K-fold, ms",
+                "K-fold / moecomm",
+                "pairs per token, at most 4 nodes",
+                "moecomm, at most 4 nodes, ms",
+            ],
             rows,
         )
     )

@@ -1,7 +1,7 @@
-"""What the benchmarks share: two settings of memory, repeats by turns, ratios of one run, memory, and what a run was made on.
+"""How do the benchmarks measure? Two memory settings, alternating repeats, ratios within one run, memory, and the run's machine.
 
-Each line of a result is a ratio, its quartiles and what it is a ratio to; both sides are measured in one process group, repeat after repeat
-by turns, and of several ranks the slowest counts.
+Each line of a result is a ratio, its quartiles, and the two things that it compares. Both are measured in one process group, in alternating
+repeats. With several ranks the slowest one counts.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def _cpu() -> str:
 
 
 def said(lines: list[Line], memory: str) -> list[Line]:
-    """The same lines, and each on the screen: the ratio first, then what it is a ratio to."""
+    """Print each line, the ratio first and then what it compares. Returns the lines."""
     for line in lines:
         where = ", ".join(str(line[key]) for key in ("what", "dtype", "k") if key in line)
         spread = f"{line['ratio']:7.3f} ({line['low']:.3f} to {line['high']:.3f})"
-        print(f"{spread}  {line['case']}: to {line['to']}; {where}, {memory}", flush=True)
+        print(f"{spread}  {line['case']} / {line['to']}; {where}, {memory}", flush=True)
     return lines
 
 

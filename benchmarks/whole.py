@@ -1,4 +1,4 @@
-"""A layer with experts of its own: SwiGLU by grouped_mm around any `peers.Layer`, and the check of it against a dense one in float64."""
+"""A layer with SwiGLU experts by grouped_mm around any `peers.Layer`, and its check against a dense layer in float64."""
 
 from __future__ import annotations
 
