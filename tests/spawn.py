@@ -1,8 +1,11 @@
 """Real gloo ranks for the tests: a pool of processes a world size, started once and used by every case.
 
 `run_ranks(fn, ranks, *args)` calls the module-level function ``fn(*args)`` on each rank, in an initialised process group, and
-returns what each gave. A rank that raises, dies or hangs fails the call with that rank's traceback and ends the pool; the
+returns each rank's result. A rank that raises, dies or hangs fails the call with that rank's traceback and ends the pool; the
 next call starts a new one.
+
+A pool is stopped (SIGSTOP) between its calls. gloo's threads wake up 100 times a second for each process group: pools that only
+waited took 0.9 of 2 cores.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 GRACE = 3.0  # seconds that the other ranks get to report, once one has failed
-GROUPS = 32  # process groups that a pool may have made: each has three threads of gloo on each rank, which are never quite idle
+GROUPS = 12  # process groups that a pool may have made: each has three threads of gloo on each rank, which are never quite idle
 
 
 class RankFailed(AssertionError):
@@ -48,7 +51,7 @@ class Pool:
 
     def __init__(self, ranks: int) -> None:
         context = mp.get_context("forkserver")  # torch is imported once, and not by each rank again: 3 s of CPU time each
-        context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional"])
+        context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional", "tests.end_with_parent"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -66,6 +69,7 @@ class Pool:
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         call = pickle.dumps((fn, args))
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             with suppress(OSError):  # a rank that has died since the last call: reading from its pipe says so
                 pipe.send_bytes(call)
@@ -92,7 +96,13 @@ class Pool:
         if failures:
             first = sorted(failures.items(), key=lambda item: item[1].startswith("no answer"))
             raise RankFailed("\n".join(f"rank {rank}: {text}" for rank, text in first))
+        self._signal(signal.SIGSTOP)
         return [results[rank] for rank in range(len(self.pipes))]
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):  # a rank that has died: reading from its pipe says so
+                os.kill(process.pid, number)
 
     def _stack(self, rank: int) -> str:
         """Where a hung rank stands now."""
@@ -105,6 +115,7 @@ class Pool:
         """End the ranks: those that are idle by themselves within ``grace`` seconds, the others, which may hang, by force."""
         for pipe in self.pipes:
             pipe.close()
+        self._signal(signal.SIGCONT)
         for process in self.processes:
             process.join(grace)
             process.kill()
@@ -119,10 +130,13 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> No
     import torch._inductor.config
     import torch.distributed as dist
 
+    from tests.end_with_parent import end_with_parent
+
     torch._inductor.config.compile_threads = 1  # no pool of compile workers for each rank: there are more ranks than cores
     torch._functorch.config.enable_autograd_cache = False  # it knows an op by its name, and would give what the op was before an edit
     stack_file = open(stack, "w")  # noqa: SIM115 - faulthandler needs it for the life of the process
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
+    end_with_parent()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.spawn import GROUPS, RankFailed, run_ranks
+
+ROOT = Path(__file__).parents[2]
 
 
 def total_here(x: int) -> tuple[int, int, int]:
@@ -48,6 +54,45 @@ def test_ranks_are_kept_from_call_to_call_and_answer_in_order() -> None:
     first, second = run_ranks(total_here, 2, 1), run_ranks(total_here, 2, 10)
     assert [answer[:2] for answer in first] == [(0, 3), (1, 3)]
     assert [answer[2] for answer in first] == [answer[2] for answer in second]
+
+
+def state_of(process: int) -> str:
+    """As /proc tells it: T is stopped."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_ranks_that_wait_for_a_call_are_stopped() -> None:
+    for _ in range(2):
+        processes = [process for *_, process in run_ranks(total_here, 2, 1)]
+        deadline = time.monotonic() + 10
+        while {state_of(process) for process in processes} != {"T"}:  # the signal takes its time
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+LONELY = """
+import os, signal
+from tests.project.test_spawn import total_here
+from tests.spawn import run_ranks
+if __name__ == "__main__":
+    print(*(process for *_, process in run_ranks(total_here, 2, 1)), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_stopped_ranks_end_when_the_tests_are_killed(tmp_path: Path) -> None:
+    (tmp_path / "lonely.py").write_text(LONELY)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "lonely.py")], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    deadline = time.monotonic() + 30
+    for process in map(int, done.stdout.split()):
+        while Path(f"/proc/{process}").exists() and state_of(process) != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def make_groups(number: int) -> int:
