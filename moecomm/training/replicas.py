@@ -155,7 +155,7 @@ def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, 
     started = []
     for bucket in buckets:
         own = torch.cat([tensor.index_select(0, slots).reshape(len(slots), tensor[0].numel()) for tensor in bucket], 1)  # [slots, W]
-        message = own.index_select(0, send).view(torch.uint8)  # as bytes, because gloo does not send every dtype
+        message = own.index_select(0, send).view(torch.uint8)  # gloo sends bytes, but not every dtype
         started.append((own, start_all_to_all(message, replicas.splits, group.name)))
     for bucket, (own, pending) in zip(buckets, started, strict=True):
         received = wait(pending).view(own.dtype)
