@@ -39,7 +39,7 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
                                       are balanced over it
     ==========  ====================  =====================================================================================
 
-    A pipeline stage has the same ranks in ``dense`` and in ``expert``. The last dim of each has neighbouring ranks.
+    A pipeline stage has the same ranks in ``dense`` and in ``expert``. The last dim of each has neighboring ranks.
 
     Each dim is a group for the functions of moecomm: ``mesh.expert["ep"]`` for `plan`, ``mesh.dense["tp"]`` for
     `slice_scatter`, and so on. DTensor and FSDP2 take the dims of one mesh together.
