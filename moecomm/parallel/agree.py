@@ -26,7 +26,8 @@ Result = TypeVar("Result")
 def exchange_messages(sent: Tensor, group: Group, what: str, few: Tensor | None = None) -> Tensor:
     """Exchange one small message with each rank: [P, LENGTH], where row p is the message of rank p.
 
-    In a group of one it returns ``sent`` [1, WIDTH]. If the exchange fails, the error says that the rank waited for ``what``.
+    In a group of one it returns ``sent`` [1, WIDTH]. If the exchange fails, the error says that the
+    rank waited for ``what``.
     """
     return sent if group.size == 1 else wait(messages_exchange(sent, few, what, group.name))
 
@@ -34,8 +35,8 @@ def exchange_messages(sent: Tensor, group: Group, what: str, few: Tensor | None 
 def checksums(function: str, passed: object, device: torch.device, group: Group) -> list[int]:
     """The checksum of the repr of what each rank passed, one int per rank, on every rank.
 
-    Raises MoECommError, the same on every rank, if a rank called another function.
-    Costs one small exchange and one host synchronization.
+    Raises MoECommError, the same on every rank, if a rank called another function. Costs one small
+    exchange and one host synchronization.
     """
     mine = [0] * SIGNATURE + [FUNCTIONS.index(function), zlib.crc32(repr(passed).encode())]
     sent = torch.tensor([mine + [0] * (WIDTH - len(mine))], device=device).repeat(group.size, 1)  # [P, WIDTH]
@@ -47,11 +48,13 @@ def checksums(function: str, passed: object, device: torch.device, group: Group)
 def tell_refusal(function: str, passed: object, group: Group) -> None:
     """Tell the other ranks that this rank refuses its arguments, so that they raise too.
 
-    The message takes the place of the message of ``function`` that the others wait for. This rank does not wait for
-    the others: it raises its own error at once. Torch keeps the message until the others have received it.
+    The message takes the place of the message of ``function`` that the others wait for. This rank
+    does not wait for the others: it raises its own error at once. Torch keeps the message until the
+    others have received it.
 
-    The message is sent from a device of the tensors in ``passed``: the first from which the group can send. If there is
-    no such device, nothing is sent. In a group of one and in traced code, nothing is sent either.
+    The message is sent from a device of the tensors in ``passed``: the first from which the group
+    can send. If there is no such device, nothing is sent. In a group of one and in traced code,
+    nothing is sent either.
     """
     if group.size == 1 or traced():
         return
@@ -91,7 +94,8 @@ def check_same_placement(function: str, rows: list[list[int]], device: torch.dev
 def ticket(device: torch.device, group: Group) -> int:
     """A number for one plan: the same on all ranks, and different for each plan except by chance.
 
-    Costs one small exchange and one host synchronization. In a group of one and in traced code it is 0 and costs nothing.
+    Costs one small exchange and one host synchronization. In a group of one and in traced code it
+    is 0 and costs nothing.
     """
     if group.size == 1 or traced():
         return 0
@@ -103,8 +107,8 @@ def check_same_call(
 ) -> Result:
     """Return ``check()`` if it succeeds on every rank and all ranks passed the same for the plan of ``ticket``.
 
-    Otherwise every rank raises. If only the rank whose ``check`` fails raised, the others would wait for it in their
-    exchanges.
+    Otherwise every rank raises. If only the rank whose ``check`` fails raised, the others would
+    wait for it in their exchanges.
 
     Raises:
         MoECommError: the ranks differ, or ``check`` fails on some of them only.

@@ -1,7 +1,8 @@
 """DTensors in and DTensors out: the allowed placements of routed tensors, their local shards, and the way back to a DTensor.
 
-The ranks that hold the tokens route them. The functions take the local shard; they gather or reduce nothing to change a
-placement. A placement that would need this raises an error that says what to do instead. On each dim of the tensor's mesh:
+The ranks that hold the tokens route them. The functions take the local shard; they gather or reduce
+nothing to change a placement. A placement that would need this raises an error that says what to do
+instead. On each dim of the tensor's mesh:
 
 =================  ==============================  ============================================  ================
 placement          logits, experts, weights        x of `dispatch`, which is ``like`` of `plan`  y of `combine`
@@ -14,24 +15,27 @@ placement          logits, experts, weights        x of `dispatch`, which is ``l
 ``Partial()``      error                           error                                         never
 =================  ==============================  ============================================  ================
 
-A group spans a mesh dim if two of its ranks differ along it. The experts are then spread over these ranks, or their tokens
-are counted together. So each rank must bring its own tokens: on a mesh dim that the plan's group spans, only ``Shard(0)``
-is allowed.
+A group spans a mesh dim if two of its ranks differ along it. The experts are then spread over these
+ranks, or their tokens are counted together. So each rank must bring its own tokens: on a mesh dim
+that the plan's group spans, only ``Shard(0)`` is allowed.
 
-From `dispatch` to `combine` the rows are a plain tensor. Each rank has its own number of rows, which a DTensor cannot
-express. A DTensor with a dynamic size also has no backward under torch.compile (torch 2.13).
+From `dispatch` to `combine` the rows are a plain tensor. Each rank has its own number of rows,
+which a DTensor cannot express. A DTensor with a dynamic size also has no backward under
+torch.compile (torch 2.13).
 
-The plan's ``layout`` records how y is placed. It is a DTensor without elements, so that the plan stays a pytree of tensors,
-ints and a name. The graph then gets each mesh from a tensor.
+The plan's ``layout`` records how y is placed. It is a DTensor without elements, so that the plan
+stays a pytree of tensors, ints and a name. The graph then gets each mesh from a tensor.
 
-A loss is Replicate on the mesh dims along which all ranks have the same loss. On other dims it is Partial, as DTensor's own
-means are: each rank has its addend of the mean.
+A loss is Replicate on the mesh dims along which all ranks have the same loss. On other dims it is
+Partial, as DTensor's own means are: each rank has its addend of the mean.
 
 Two limits of torch 2.13 under torch.compile hold here, and for DTensor's own ops as well:
 
-- A graph with static sizes is used again when the whole size has changed but the local size has not. For example, 12 tokens
-  on 2 ranks after 11 give the first rank a y of 11. If the whole T changes from call to call, compile with ``dynamic=True``.
-- DTensor's own ops do not compile on a mesh that equals an earlier mesh of the process. Make each mesh once.
+- A graph with static sizes is used again when the whole size has changed but the local size has
+  not. For example, 12 tokens on 2 ranks after 11 give the first rank a y of 11. If the whole T
+  changes from call to call, compile with ``dynamic=True``.
+- DTensor's own ops do not compile on a mesh that equals an earlier mesh of the process. Make each
+  mesh once.
 """
 
 from __future__ import annotations
@@ -74,7 +78,8 @@ def check_whole(argument: str, x: DTensor) -> None:
 def routed_like(named: Mapping[str, Tensor | None], group: Group) -> DTensor | None:
     """The last DTensor among these arguments, or None. All of them hold the same tokens.
 
-    Raises ValueError if a placement cannot be routed, or if two DTensors do not hold the same tokens.
+    Raises ValueError if a placement cannot be routed, or if two DTensors do not hold the same
+    tokens.
     """
     given = {name: x for name, x in named.items() if isinstance(x, DTensor)}
     for name, x in given.items():
@@ -92,9 +97,11 @@ def routed_like(named: Mapping[str, Tensor | None], group: Group) -> DTensor | N
 def make_layout(experts: Tensor, weights: Tensor, like: Sequence[Tensor], group: Group) -> Tensor | None:
     """The layout of a plan: how its y will be placed, as a DTensor [T of all ranks, 0, ...]; None without a DTensor.
 
-    It is placed as the first DTensor of ``like``. If ``like`` has none, it is placed as ``weights``, or else as ``experts``.
+    It is placed as the first DTensor of ``like``. If ``like`` has none, it is placed as
+    ``weights``, or else as ``experts``.
 
-    Raises ValueError if a placement cannot be routed, or if two DTensors do not hold the same tokens.
+    Raises ValueError if a placement cannot be routed, or if two DTensors do not hold the same
+    tokens.
     """
     named = {f"like's leaf {i}" if i else "like": leaf for i, leaf in enumerate(like)}
     last = routed_like({"experts": experts, "weights": weights, **dict(reversed(named.items()))}, group)
@@ -108,7 +115,8 @@ def make_layout(experts: Tensor, weights: Tensor, like: Sequence[Tensor], group:
 def shard_of(argument: str, x: Tensor, layout: Tensor | None) -> Tensor:
     """The local shard of ``x``; a plain ``x`` unchanged.
 
-    Raises ValueError if ``x`` is a DTensor that is not placed as ``layout``, or if ``layout`` is no DTensor.
+    Raises ValueError if ``x`` is a DTensor that is not placed as ``layout``, or if ``layout`` is no
+    DTensor.
     """
     if not isinstance(x, DTensor):
         return x
@@ -146,10 +154,11 @@ def placed(y: Tensor, like: Tensor | None) -> Tensor:
 
 
 def alike_over(x: DTensor, group: Group) -> tuple[bool, list[bool]]:
-    """Two facts on the group's result for ``x``: (the group covers mesh dims, [the result is the same along dim i]).
+    """Whether the group covers mesh dims of ``x``, and for each mesh dim whether its ranks have the same result of the group.
 
-    A group covers mesh dims of ``x`` if its ranks are all ranks of the mesh along these dims. It spans no dim on which ``x``
-    is Replicate: along such a dim, the groups beside it have the same tokens.
+    A group covers mesh dims of ``x`` if its ranks are all ranks of the mesh along these dims. It
+    spans no dim on which ``x`` is Replicate: along such a dim, the groups beside it have the same
+    tokens.
     """
     mesh = x.device_mesh
     covered = _covered(mesh, group.name) if group.size > 1 else [False] * mesh.ndim
@@ -169,8 +178,8 @@ def check_replicated(argument: str, x: DTensor, tokens: DTensor | None, group: G
 def placed_mean(mine: Tensor, mesh: DeviceMesh, alike: Sequence[bool]) -> DTensor:
     """The mean of the ranks' values ``mine``, as a DTensor.
 
-    It is Replicate on mesh dims along which the ranks have the same value. On other dims it is Partial: each rank has its
-    addend of the sum.
+    It is Replicate on mesh dims along which the ranks have the same value. On other dims it is
+    Partial: each rank has its addend of the sum.
     """
     ranks = math.prod([mesh.size(i) for i, same in enumerate(alike) if not same])
     return DTensor.from_local(mine / ranks, mesh, [Replicate() if same else Partial() for same in alike], run_check=False)

@@ -76,8 +76,8 @@ def _along(mesh: DeviceMesh, dim: int) -> Group:
     """This rank's group along one dim of a mesh.
 
     A graph holds the group's name, and torch gives the groups along one dim different names. With
-    ``torch.distributed.config.compile_on_one_rank``, torch's own switch for graphs that serve all ranks, these groups get a
-    name that they share. The mesh must have named dims for that.
+    ``torch.distributed.config.compile_on_one_rank``, torch's own switch for graphs that serve all
+    ranks, these groups get a name that they share. The mesh must have named dims for that.
     """
     group = _named(mesh.get_group(dim))
     if mesh.mesh_dim_names is None or not torch.distributed.config.compile_on_one_rank:
@@ -89,8 +89,9 @@ def _along(mesh: DeviceMesh, dim: int) -> Group:
 def _shared_name(name: str, dim: str) -> str:
     """Register a second name of the group in torch's registry, and return it: the same name on all ranks along this dim.
 
-    It is the name of the dim with a number. The number tells groups apart whose meshes have a dim of the same name. Ranks
-    that name their groups in the same order get the same names. The names of destroyed groups are used again.
+    It is the name of the dim with a number. The number tells groups apart whose meshes have a dim
+    of the same name. Ranks that name their groups in the same order get the same names. The names
+    of destroyed groups are used again.
     """
     group, number = process_group(name), 0
     while True:

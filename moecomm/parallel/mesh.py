@@ -39,10 +39,12 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
                                       are balanced over it
     ==========  ====================  =====================================================================================
 
-    A pipeline stage has the same ranks in ``dense`` and in ``expert``. The last dim of each has neighboring ranks.
+    A pipeline stage has the same ranks in ``dense`` and in ``expert``. The last dim of each has
+    neighboring ranks.
 
-    Each dim is a group for the functions of moecomm: ``mesh.expert["ep"]`` for `plan`, ``mesh.dense["tp"]`` for
-    `slice_scatter`, and so on. DTensor and FSDP2 take the dims of one mesh together.
+    Each dim is a group for the functions of moecomm: ``mesh.expert["ep"]`` for `plan`,
+    ``mesh.dense["tp"]`` for `slice_scatter`, and so on. DTensor and FSDP2 take the dims of one mesh
+    together.
 
     Args:
         device_type: as in `torch.distributed.device_mesh.init_device_mesh`.
@@ -58,8 +60,8 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
 
     Raises, before a group is made:
         TypeError: a size is not an int.
-        ValueError: a size is below 1, the sizes do not multiply to the world's size, ep * etp does not divide dp * cp * tp,
-            or there is no default group.
+        ValueError: a size is below 1, the sizes do not multiply to the world's size, ep * etp does
+            not divide dp * cp * tp, or there is no default group.
 
     Example, which makes a default group without any launcher:
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -68,11 +70,12 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
            0 |   0   0   0   0 |   0   0   0   0
         >>> dist.destroy_process_group()
 
-    Every rank must call this function, because it makes process groups in the default group's world. A world of one rank needs
-    a default group too, because a DeviceMesh does.
+    Every rank must call this function, because it makes process groups in the default group's
+    world. A world of one rank needs a default group too, because a DeviceMesh does.
 
-    A dim of all ranks is the default group. The meshes share no other process group, even where groups have the same ranks:
-    FSDP2 requires that the parameters of a module know a group by one mesh only.
+    A dim of all ranks is the default group. The meshes share no other process group, even where
+    groups have the same ranks: FSDP2 requires that the parameters of a module know a group by one
+    mesh only.
     """
     for name, size in {"pp": pp, "dp": 1 if dp is None else dp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}.items():
         if not isinstance(size, int) or isinstance(size, bool):

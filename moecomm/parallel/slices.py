@@ -15,18 +15,20 @@ from moecomm.parallel.group import Group, GroupLike, resolve_group
 def slice_scatter(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
     """Return this rank's slice along ``dim`` of a tensor ``x`` that every rank of ``group`` has. It sends nothing.
 
-    The slices are those of `torch.chunk`, and so of DTensor's ``Shard(dim)``: ``ceil(n / P)`` long, with ``n = x.shape[dim]`` and
-    P ranks. If P does not divide n, the last ranks' slices are shorter or empty.
+    The slices are those of `torch.chunk`, and so of DTensor's ``Shard(dim)``: ``ceil(n / P)`` long,
+    with ``n = x.shape[dim]`` and P ranks. If P does not divide n, the last ranks' slices are
+    shorter or empty.
 
     Args:
-        x: any shape with a ``dim``, any dtype, the same on all ranks. A DTensor is Replicate on the group's mesh dim; the result
-            is then the DTensor with Shard(dim) there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: any shape with a ``dim``, any dtype, the same on all ranks. A DTensor is Replicate on the
+            group's mesh dim; the result is then the DTensor with Shard(dim) there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
         dim: the dimension to slice.
 
     Returns:
-        A copy of the slice. In a group of one it is ``x`` itself. Under torch.compile its length along ``dim`` is a dynamic size
-        if P does not divide n.
+        A copy of the slice. In a group of one it is ``x`` itself. Under torch.compile its length
+        along ``dim`` is a dynamic size if P does not divide n.
 
     Raises:
         TypeError: ``x`` is not a tensor.
@@ -51,36 +53,42 @@ def slice_gather(
 ) -> Tensor:  # fmt: skip
     """Return the concatenation along ``dim`` of the ranks' slices ``x``, on every rank of ``group``.
 
-    ``slice_gather(slice_scatter(x, group, dim), group, dim, size=x.shape[dim])`` is exactly ``x``, for any size.
+    ``slice_gather(slice_scatter(x, group, dim), group, dim, size=x.shape[dim])`` is exactly ``x``,
+    for any size.
 
     Args:
-        x: this rank's slice, any dtype; of the same shape on all ranks except along ``dim``. A DTensor is Shard(dim) on the
-            group's mesh dim; the result is then the DTensor with Replicate there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: this rank's slice, any dtype; of the same shape on all ranks except along ``dim``. A
+            DTensor is Shard(dim) on the group's mesh dim; the result is then the DTensor with
+            Replicate there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
         dim: the dimension along which ``x`` is a slice.
-        grad: how the ranks use the result. "slice": all of them compute the same from it, and have the same gradient.
-            "reduce": each computes something else from it, and has its own part of the gradient. A DTensor's gradient tells
-            itself which of the two it is.
-        size: the length of the result along ``dim``, where ``x`` is the slice that `slice_scatter` makes of this length. None:
-            ``x`` is equally long on all ranks. This function cannot check that: if the lengths differ, the exchange fails or
-            hangs.
+        grad: how the ranks use the result. "slice": all of them compute the same from it, and have
+            the same gradient. "reduce": each computes something else from it, and has its own part
+            of the gradient. A DTensor's gradient tells itself which of the two it is.
+        size: the length of the result along ``dim``, where ``x`` is the slice that `slice_scatter`
+            makes of this length. None: ``x`` is equally long on all ranks. This function cannot
+            check that: if the lengths differ, the exchange fails or hangs.
 
     Returns:
         The whole tensor. In a group of one it is ``x`` itself.
 
     Raises:
         TypeError: ``x`` is not a tensor, or ``size`` not an int.
-        ValueError: ``x`` has no ``dim``, ``grad`` is not one of the two ("slice" for a DTensor), ``x`` is not as long as this
-            rank's slice of ``size``, or ``x`` is a DTensor that is not Shard(dim) over the group.
+        ValueError: ``x`` has no ``dim``, ``grad`` is not one of the two ("slice" for a DTensor),
+            ``x`` is not as long as this rank's slice of ``size``, or ``x`` is a DTensor that is not
+            Shard(dim) over the group.
 
     Backward:
         "slice": this rank's slice of its gradient. It sends nothing.
-        "reduce": this rank's slice of the sum of all ranks' gradients, added in rank order, in float32 for lower precisions.
+        "reduce": this rank's slice of the sum of all ranks' gradients, added in rank order, in
+            float32 for lower precisions.
 
     >>> slice_gather(torch.arange(3), None, size=3)
     tensor([0, 1, 2])
 
-    The ranks do not ask each other for the lengths of their slices: that would be a host synchronization.
+    The ranks do not ask each other for the lengths of their slices: that would be a host
+    synchronization.
     """
     dim = _check(x, dim)
     if grad not in ("slice", "reduce"):
@@ -101,24 +109,28 @@ def slice_gather(
 def slice_reduce(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
     """Return this rank's slice along ``dim`` of the sum of the ranks' ``x``, for half the cost of the whole sum.
 
-    It is `slice_scatter` of the sum. ``slice_reduce(f(slice_gather(x, group, grad="reduce")), group)`` is a tensor-parallel layer
+    It is `slice_scatter` of the sum.
+    ``slice_reduce(f(slice_gather(x, group, grad="reduce")), group)`` is a tensor-parallel layer
     between slices of the tokens, where ``f`` is this rank's part of the layer: arXiv 2205.05198.
 
     Args:
-        x: any shape with a ``dim``, a floating dtype, the same shape on all ranks. A DTensor is Partial on the group's mesh dim;
-            the result is then the DTensor with Shard(dim) there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: any shape with a ``dim``, a floating dtype, the same shape on all ranks. A DTensor is
+            Partial on the group's mesh dim; the result is then the DTensor with Shard(dim) there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
         dim: the dimension to slice, as in `slice_scatter`.
 
     Returns:
-        The slice, added in rank order in float32 (float64 for float64) and rounded once. In a group of one it is ``x`` itself.
-        Under torch.compile its length along ``dim`` is a dynamic size if P does not divide that of ``x``.
+        The slice, added in rank order in float32 (float64 for float64) and rounded once. In a group
+        of one it is ``x`` itself. Under torch.compile its length along ``dim`` is a dynamic size if
+        P does not divide that of ``x``.
 
     Raises:
         TypeError: ``x`` is not a tensor of a floating dtype.
         ValueError: ``x`` has no ``dim``, or is a DTensor that is not Partial over the group.
 
-    Backward: the all-gather of the slices' gradients. Every rank gets the whole gradient of the sum.
+    Backward: the all-gather of the slices' gradients. Every rank gets the whole gradient of the
+    sum.
 
     >>> slice_reduce(torch.ones(3), None)  # of a single process
     tensor([1., 1., 1.])

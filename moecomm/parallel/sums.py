@@ -17,20 +17,22 @@ def sum_ranks(x: Tensor, group: GroupLike) -> Tensor:
     Use it at the end of a part that the ranks split, such as tensor-parallel experts.
 
     Args:
-        x: any shape, a floating dtype, the same shape on all ranks. A DTensor is Partial on the group's mesh dim; the result is
-            then the DTensor with Replicate there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: any shape, a floating dtype, the same shape on all ranks. A DTensor is Partial on the
+            group's mesh dim; the result is then the DTensor with Replicate there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
 
     Returns:
-        A tensor like ``x``, with the same bits on all ranks: added in rank order in float32 (float64 for float64) and rounded
-        once. In a group of one it is ``x`` itself.
+        A tensor like ``x``, with the same bits on all ranks: added in rank order in float32
+        (float64 for float64) and rounded once. In a group of one it is ``x`` itself.
 
     Raises:
         TypeError: ``x`` is not a tensor of a floating dtype.
         ValueError: ``x`` is a DTensor that is not Partial over the group.
 
-    Backward: the unchanged gradient. It sends nothing, because all ranks compute the same from the sum and have the same gradient
-    of it. If they do not, use ``slice_gather(slice_reduce(x, group), group, grad="reduce")``.
+    Backward: the unchanged gradient. It sends nothing, because all ranks compute the same from the
+    sum and have the same gradient of it. If they do not, use
+    ``slice_gather(slice_reduce(x, group), group, grad="reduce")``.
 
     >>> sum_ranks(torch.ones(2), None)  # of a single process
     tensor([1., 1.])
@@ -48,15 +50,16 @@ def sum_ranks(x: Tensor, group: GroupLike) -> Tensor:
 def sum_gradient(x: Tensor, group: GroupLike) -> Tensor:
     """Return ``x`` unchanged; its gradient is the sum of the ranks' gradients.
 
-    Use it at the beginning of a part that the ranks of ``group`` split. Every rank has ``x`` and computes another part of the
-    result, up to `sum_ranks` or `slice_reduce`. So each rank has one part of the gradient of ``x``.
-    ``sum_ranks(f(sum_gradient(x, group)), group)`` is a tensor-parallel layer, where ``f`` is this rank's part of the layer:
-    arXiv 1909.08053.
+    Use it at the beginning of a part that the ranks of ``group`` split. Every rank has ``x`` and
+    computes another part of the result, up to `sum_ranks` or `slice_reduce`. So each rank has one
+    part of the gradient of ``x``. ``sum_ranks(f(sum_gradient(x, group)), group)`` is a
+    tensor-parallel layer, where ``f`` is this rank's part of the layer: arXiv 1909.08053.
 
     Args:
-        x: any shape, a floating dtype, the same on all ranks. A DTensor comes back unchanged: its gradient tells itself whether
-            it is a sum.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: any shape, a floating dtype, the same on all ranks. A DTensor comes back unchanged: its
+            gradient tells itself whether it is a sum.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
 
     Returns:
         ``x``.

@@ -30,32 +30,40 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients in place so that their norm, over all parameters and all ranks, is at most ``max_norm``. Return the norm.
 
-    Each element of each parameter counts once, however many ranks have it. A DTensor tells itself over which dims of its mesh it
-    is sharded, whatever the mesh. For other tensors ``spread`` tells it.
+    Each element of each parameter counts once, however many ranks have it. A DTensor tells itself
+    over which dims of its mesh it is sharded, whatever the mesh. For other tensors ``spread`` tells
+    it.
 
     Args:
-        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device; of the same names on all ranks. A
-            parameter that occurs twice counts once. A parameter without a gradient does not count.
+        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device; of the
+            same names on all ranks. A parameter that occurs twice counts once. A parameter without
+            a gradient does not count.
         max_norm: at least 0. ``float("inf")`` scales nothing: use it to get the norm alone.
-        spread: the group, or list of groups, over which the ranks have different parts of a parameter, in addition to the mesh
-            dims on which it is sharded. A mapping from patterns of names (as in `fnmatch`), or from parameters; the first match
-            counts. Example: ``{"*.experts.*": mesh["ep"], "*": ""}``, where "" is the group of each process alone, so that no
-            other rank has any part. With pipeline stages: ``{"*.experts.*": [mesh["ep"], mesh["pp"]], "*": mesh["pp"]}``.
-            None: a tensor that is not a DTensor is the same on all ranks.
-        replicas: for experts that are on several ranks: a mapping from patterns or parameters, as in ``spread``, to the placement
-            and group that `sync_replica_grads_` took: ``{"*.experts.*": (placement, mesh["ep"])}``. The parameters are the
-            experts' weights, [L, ...] each. Each of the c replicas of an expert counts for 1 / c, so that together they count
-            once. None, or no match: no replicas.
+        spread: the group, or list of groups, over which the ranks have different parts of a
+            parameter, in addition to the mesh dims on which it is sharded. A mapping from patterns
+            of names (as in `fnmatch`), or from parameters; the first match counts. Example:
+            ``{"*.experts.*": mesh["ep"], "*": ""}``, where "" is the group of each process alone,
+            so that no other rank has any part. With pipeline stages:
+            ``{"*.experts.*": [mesh["ep"], mesh["pp"]], "*": mesh["pp"]}``. None: a tensor that is
+            not a DTensor is the same on all ranks.
+        replicas: for experts that are on several ranks: a mapping from patterns or parameters, as
+            in ``spread``, to the placement and group that `sync_replica_grads_` took:
+            ``{"*.experts.*": (placement, mesh["ep"])}``. The parameters are the experts' weights,
+            [L, ...] each. Each of the c replicas of an expert counts for 1 / c, so that together
+            they count once. None, or no match: no replicas.
 
     Returns:
-        The norm before scaling: the Euclidean norm over all elements, float64, without dims, on the gradients' device, the same
-        on all ranks. Gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, as in torch.
+        The norm before scaling: the Euclidean norm over all elements, float64, without dims, on the
+        gradients' device, the same on all ranks. Gradients are multiplied by
+        ``min(1, max_norm / (norm + 1e-6))``, as in torch.
 
     Raises, before anything is sent:
-        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or ``max_norm`` is not a number.
-        ValueError: ``max_norm`` is below 0, the tensors are on several devices, a gradient is a DTensor with a Partial placement,
-            a parameter has no match in ``spread``, a key of ``spread`` or ``replicas`` is no parameter's first match, or a
-            placement in ``replicas`` does not fit its group or its parameters' L.
+        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
+            ``max_norm`` is not a number.
+        ValueError: ``max_norm`` is below 0, the tensors are on several devices, a gradient is a
+            DTensor with a Partial placement, a parameter has no match in ``spread``, a key of
+            ``spread`` or ``replicas`` is no parameter's first match, or a placement in ``replicas``
+            does not fit its group or its parameters' L.
 
     Backward: none. This function is not part of any graph.
 
@@ -66,11 +74,12 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
 
-    Costs one all-gather for each named group, of one number per kind of parameter. A kind is the parameters that are spread over
-    the same groups. There is no host synchronization.
+    Costs one all-gather for each group over which parameters are spread, of one number per kind of
+    parameter. A kind is the parameters that are spread over the same groups. There is no host
+    synchronization.
 
-    The norm of each gradient is computed in float32 (float64 for float64). Sums of squares are in float64, and over the ranks in
-    rank order: the same bits, run after run.
+    The norm of each gradient is computed in float32 (float64 for float64). Sums of squares are in
+    float64, and over the ranks in rank order: the same bits, run after run.
     """
     if not isinstance(max_norm, int | float):
         wrong_type("max_norm", type(max_norm).__name__, "a number")
@@ -113,8 +122,9 @@ def _sharded_over(name: str, param: Tensor) -> list[Group]:
 def _order(groups: list[Group]) -> dict[tuple[int, ...], Group]:
     """Each group once, under its ranks, at its last place in ``groups``: the groups that the caller named come after those of DTensors.
 
-    Pipeline stages may have different kinds of parameters. With this order they send each other one number for all kinds
-    together. The key is the ranks, because a mesh that is made twice has two groups of the same ranks.
+    Pipeline stages may have different kinds of parameters. With this order they send each other one
+    number for all kinds together. The key is the ranks, because a mesh that is made twice has two
+    groups of the same ranks.
     """
     return dict(reversed(list({_ranks(group): group for group in reversed(groups) if group.size > 1}.items())))
 

@@ -48,8 +48,8 @@ def named_groups(groups: Mapping[Any, Any], several: bool = False) -> list[list[
 def chosen_groups(argument: str, named: Mapping[str, Tensor], groups: Mapping[Any, Any], several: bool = False) -> list[list[Group]]:
     """For each tensor, the groups of its first matching key: the tensor itself, or a pattern that matches its name.
 
-    Patterns are those of `fnmatch`: "*" stands for any characters, also for dots. Raises ValueError if a tensor has no match, or
-    if a key is no tensor's first match.
+    Patterns are those of `fnmatch`: "*" stands for any characters, also for dots. Raises ValueError
+    if a tensor has no match, or if a key is no tensor's first match.
     """
     resolved = named_groups(groups, several)
     chosen = []

@@ -23,24 +23,27 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
     """Overwrite the weights of each replica with those on the first rank of its expert, in place: once, after initialization.
 
     Args:
-        params: the experts' weights, [L, ...] each, of any dtypes, the same shapes and dtypes on all ranks. An ``nn.Module``
-            (all its parameters), a mapping from names to tensors, or tensors. Row l is local expert l of ``placement``. For a
-            DTensor, its local shard is synced.
+        params: the experts' weights, [L, ...] each, of any dtypes, the same shapes and dtypes on
+            all ranks. An ``nn.Module`` (all its parameters), a mapping from names to tensors, or
+            tensors. Row l is local expert l of ``placement``. For a DTensor, its local shard is
+            synced.
         placement: as `plan` takes it: [P, L], the experts of each rank.
-        group: that of `plan`. A ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        group: that of `plan`. A ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or
+            None for the default group.
 
     Raises:
         TypeError, ValueError: an argument is wrong on this rank; raised before a weight is sent.
-        MoECommError: the ranks differ in their placements, or in the number, shape or dtype of their weights. It is the same on
-            every rank. If one rank raises its own error and has a tensor on a device of the group, all other ranks raise a
-            MoECommError, too.
+        MoECommError: the ranks differ in their placements, or in the number, shape or dtype of
+            their weights. It is the same on every rank. If one rank raises its own error and has a
+            tensor on a device of the group, all other ranks raise a MoECommError, too.
 
     Backward: none. This function is not part of any graph.
 
     >>> sync_replicas_(torch.ones(2, 3), placement=[[1, 0]])  # a single process has no replicas
 
-    Costs two small exchanges that the host reads, and one exchange per dtype. In the latter a rank receives, for each of its
-    replicated experts, the weights of all other ranks that hold the expert.
+    Costs two small exchanges that the host reads, and one exchange per dtype. In the latter a rank
+    receives, for each of its replicated experts, the weights of all other ranks that hold the
+    expert.
     """
     ranks = resolve_group(group)
     tensors: list[Tensor] = []
@@ -65,19 +68,23 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
 def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike = None) -> None:
     """Replace the ``.grad`` of each replica by the sum over all replicas of its expert, in place.
 
-    Call it between ``backward()`` and the optimizer's step. The replicas of an expert serve different tokens, so the sum is the
-    expert's gradient. Replicas that were equal stay equal under an optimizer that works element by element. If `clip_grad_norm_`
-    runs between the two, give it the placement as well: it then counts each expert once.
+    Call it between ``backward()`` and the optimizer's step. The replicas of an expert serve
+    different tokens, so the sum is the expert's gradient. Replicas that were equal stay equal under
+    an optimizer that works element by element. If `clip_grad_norm_` runs between the two, give it
+    the placement as well: it then counts each expert once.
 
     Args:
-        params: the experts' weights, as for `sync_replicas_`. Parameters that require no gradient stay unchanged. A parameter
-            without a gradient counts as zeros. It gets a gradient if a rank that shares experts with this rank has one.
+        params: the experts' weights, as for `sync_replicas_`. Parameters that require no gradient
+            stay unchanged. A parameter without a gradient counts as zeros. It gets a gradient if a
+            rank that shares experts with this rank has one.
         placement: as `plan` takes it: [P, L], the experts of each rank.
-        group: that of `plan`. A ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        group: that of `plan`. A ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or
+            None for the default group.
 
     Raises:
-        TypeError, ValueError: an argument is wrong on this rank; raised before anything is sent. This function does not compare
-            the ranks' placements or weights: `plan` and `sync_replicas_` do.
+        TypeError, ValueError: an argument is wrong on this rank; raised before anything is sent.
+            This function does not compare the ranks' placements or weights: `plan` and
+            `sync_replicas_` do.
 
     Backward: none. This function is not part of any graph.
 
@@ -85,12 +92,13 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
     >>> weight.sum().backward()
     >>> sync_replica_grads_(weight, placement=[[1, 0]])  # a single process has no replicas
 
-    Costs one exchange per dtype. All of them start before the first wait. Each replica of an expert with c replicas sends its
-    gradient c - 1 times. There is a host synchronization only on a rank that lacks a gradient. Experts that are on one rank
-    keep their gradients, which are not sent or copied.
+    Costs one exchange per dtype. All of them start before the first wait. Each replica of an expert
+    with c replicas sends its gradient c - 1 times. There is a host synchronization only on a rank
+    that lacks a gradient. Experts that are on one rank keep their gradients, which are not sent or
+    copied.
 
-    The gradients are added in rank order in float32 (float64 for float64) and rounded once: the same bits on all replicas, run
-    after run.
+    The gradients are added in rank order in float32 (float64 for float64) and rounded once: the
+    same bits on all replicas, run after run.
     """
     ranks = resolve_group(group)
     tensors = [param for param in named_tensors(params).values() if param.requires_grad]

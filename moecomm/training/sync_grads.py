@@ -39,7 +39,7 @@ def sync_grads_(
     Call it between ``backward()`` and the optimizer's step.
 
     =========================================  =====================================================
-    a parameter that                           is handled so
+    a parameter that                           effect
     =========================================  =====================================================
     requires no gradient                       it stays unchanged
     occurs twice in ``params``                 its gradient is reduced once
@@ -49,23 +49,27 @@ def sync_grads_(
     =========================================  =====================================================
 
     Args:
-        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device. They are the same on all ranks,
-            except for which of them have a gradient.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group. If the parameters'
-            groups differ: a mapping to such groups from patterns of names (as in `fnmatch`: "*" stands for any characters, also
-            for dots) or from parameters. Example: ``{"*.experts.*": mesh["edp"], "*": None}``. The first match of a parameter
-            gives its group. "", the group of each process alone, leaves gradients unchanged.
-        reduce: "mean" or "sum" over the parameter's own group. An expert has the gradients of all tokens of its ep ranks
-            already. So if groups differ, divide the loss by the number of all ranks and use "sum".
-        scale: for the mean. "before" divides each rank's gradient by P and then adds; "after" divides the sum. They differ in
-            rounding, and if the sum is too large for float32.
+        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device. They
+            are the same on all ranks, except for which of them have a gradient.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group. If the parameters' groups differ: a mapping to such groups from patterns
+            of names (as in `fnmatch`: "*" stands for any characters, also for dots) or from
+            parameters. Example: ``{"*.experts.*": mesh["edp"], "*": None}``. The first match of a
+            parameter gives its group. "", the group of each process alone, leaves gradients
+            unchanged.
+        reduce: "mean" or "sum" over the parameter's own group. An expert has the gradients of all
+            tokens of its ep ranks already. So if groups differ, divide the loss by the number of
+            all ranks and use "sum".
+        scale: for the mean. "before" divides each rank's gradient by P and then adds; "after"
+            divides the sum. They differ in rounding, and if the sum is too large for float32.
         bucket_bytes: bytes of gradients of one dtype per message. It does not change the result.
 
     Raises:
-        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or ``bucket_bytes`` is not an int.
-        ValueError: ``reduce`` or ``scale`` is not one of the two, ``bucket_bytes`` is below 1, the tensors are on several
-            devices, a DTensor is sharded over its group, a parameter has no match in the mapping, or a key of the mapping is no
-            parameter's first match.
+        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
+            ``bucket_bytes`` is not an int.
+        ValueError: ``reduce`` or ``scale`` is not one of the two, ``bucket_bytes`` is below 1, the
+            tensors are on several devices, a DTensor is sharded over its group, a parameter has no
+            match in the mapping, or a key of the mapping is no parameter's first match.
 
     Backward: none. This function is not part of any graph.
 
@@ -78,11 +82,12 @@ def sync_grads_(
     Traceback (most recent call last):
     ValueError: group['*.experts.*'] was no parameter's first match; it must be that of at least one of '0.gate'
 
-    Costs an all-to-all and an all-gather per bucket. The all-to-alls of all buckets of all groups start before the first wait.
-    There is a host synchronization only on a rank that lacks a gradient.
+    Costs an all-to-all and an all-gather per bucket. The all-to-alls of all buckets of all groups
+    start before the first wait. There is a host synchronization only on a rank that lacks a
+    gradient.
 
-    The gradients are added in rank order in float32 (float64 for float64) and rounded once: the same bits on all ranks, run after
-    run.
+    The gradients are added in rank order in float32 (float64 for float64) and rounded once: the
+    same bits on all ranks, run after run.
     """
     _check(reduce, scale, bucket_bytes)
     named = {name: param for name, param in named_tensors(params).items() if param.requires_grad}

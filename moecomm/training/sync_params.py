@@ -31,29 +31,34 @@ Tree = TypeVar("Tree")
 def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mean", "sum"] | None = "mean") -> Tree:
     """Return the parameters of rank ``src`` on every rank, differentiable: data parallelism as one function.
 
-    ``torch.func.functional_call(model, sync_params(dict(model.named_parameters()), group), (x,))`` runs the model. After
-    ``backward()`` every rank has the mean gradient in ``.grad``, and the same optimizer step keeps the ranks equal.
+    ``torch.func.functional_call(model, sync_params(dict(model.named_parameters()), group), (x,))``
+    runs the model. After ``backward()`` every rank has the mean gradient in ``.grad``, and the same
+    optimizer step keeps the ranks equal.
 
     Args:
-        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...), of any shapes and dtypes, on one device. Shapes,
-            dtypes and requires_grad are the same on all ranks. For a DTensor the local shard is sent; the ranks of ``group``
-            hold the same shard of it.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...), of any shapes and
+            dtypes, on one device. Shapes, dtypes and requires_grad are the same on all ranks. For a
+            DTensor the local shard is sent; the ranks of ``group`` hold the same shard of it.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
         src: the rank whose parameters all ranks get, counted in the group.
-        grad: what the backward computes of the ranks' gradients: "mean", "sum", or None, where each rank keeps its own.
+        grad: what the backward computes of the ranks' gradients: "mean", "sum", or None, where each
+            rank keeps its own.
 
     Returns:
-        The same pytree of new tensors, which are not Parameters. In a group of one it is ``params`` itself.
+        The same pytree of new tensors, which are not Parameters. In a group of one it is ``params``
+        itself.
 
     Raises:
         TypeError: ``params`` holds something that is not a tensor, or ``src`` is not an int.
-        ValueError: ``src`` is not a rank of the group, ``grad`` is not one of the three, the tensors are on several devices, or a
-            DTensor is sharded over the group.
+        ValueError: ``src`` is not a rank of the group, ``grad`` is not one of the three, the
+            tensors are on several devices, or a DTensor is sharded over the group.
 
     Backward:
-        "mean", "sum": of the ranks' gradients, on every rank. A tensor without a gradient on a rank counts as zeros there. The
-            gradients are added in rank order in float32 (float64 for float64) and rounded once: the same bits on all ranks,
-            run after run. In eager mode there is a second derivative, reduced in the same way.
+        "mean", "sum": of the ranks' gradients, on every rank. A tensor without a gradient on a rank
+            counts as zeros there. The gradients are added in rank order in float32 (float64 for
+            float64) and rounded once: the same bits on all ranks, run after run. In eager mode
+            there is a second derivative, reduced in the same way.
         None: sends nothing.
 
     >>> model = torch.nn.Linear(2, 1)
@@ -61,10 +66,11 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
     >>> torch.func.functional_call(model, same, (torch.ones(3, 2),)).shape
     torch.Size([3, 1])
 
-    Costs one broadcast per dtype. The backward costs one all-to-all and one all-gather per dtype, for all parameters together.
+    Costs one broadcast per dtype. The backward costs one all-to-all and one all-gather per dtype,
+    for all parameters together.
 
-    `torch.func.grad` works as well, in eager mode. Under torch.compile, compile the forward pass; its ``backward()`` is compiled
-    with it.
+    `torch.func.grad` works as well, in eager mode. Under torch.compile, compile the forward pass;
+    its ``backward()`` is compiled with it.
     """
     if grad not in ("mean", "sum", None):
         wrong_value("grad", repr(grad), '"mean", "sum" or None')
@@ -86,16 +92,19 @@ def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
     """Overwrite the parameters with those of rank ``src``, in place: once, after initialization.
 
     Args:
-        params: an ``nn.Module`` (all its parameters and buffers, as in DDP), a mapping from names to tensors, or tensors; of any
-            shapes, strides and dtypes, on one device; the same on all ranks. A tensor that occurs twice is sent once. For a
-            DTensor, its local shard is synced.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        params: an ``nn.Module`` (all its parameters and buffers, as in DDP), a mapping from names
+            to tensors, or tensors; of any shapes, strides and dtypes, on one device; the same on
+            all ranks. A tensor that occurs twice is sent once. For a DTensor, its local shard is
+            synced.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
         src: the rank whose parameters all ranks get, counted in the group.
 
     Raises:
         TypeError, ValueError: as `sync_params` does; raised before a tensor is sent.
-        MoECommError: the ranks' tensors differ in number, shape or dtype. It is the same on every rank. If one rank raises its
-            own error and has a tensor on a device of the group, all other ranks raise a MoECommError, too.
+        MoECommError: the ranks' tensors differ in number, shape or dtype. It is the same on every
+            rank. If one rank raises its own error and has a tensor on a device of the group, all
+            other ranks raise a MoECommError, too.
 
     Backward: none. This function is not part of any graph.
 
