@@ -2,23 +2,25 @@
 
     torch.compile(model, options=options(merge_exchanges, overlap_exchanges))       # options is moecomm.compile.passes.options
 
-Exchanges merge if they have the same splits, direction and group, and none needs the result of another:
+Exchanges merge if they have the same splits, direction and group, and none needs the result of
+another:
 
 - the experts and weights of `plan`, with the rows of `dispatch`
 - the gradients of the weights, with the gradients of the rows
 - the tensors of a pytree
 
-A layer's forward then sends 3 messages instead of 4, and its backward 2 instead of 3. Every result is the same to the bit.
-If slots are few, they come with the counts and the forward sends 3 messages anyway; with this pass they then travel twice.
+A layer's forward then sends 3 messages instead of 4, and its backward 2 instead of 3. Every result
+is the same to the bit. If slots are few, they come with the counts and the forward sends 3 messages
+anyway; with this pass they then travel twice.
 
 Costs:
 
-- A message leaves when the last of its parts is ready. So work on the expert ids cannot run while the rows travel, and the
-  gradients of the weights wait for the gradients of the rows.
+- A message leaves when the last of its parts is ready. So work on the expert ids cannot run while
+  the rows travel, and the gradients of the weights wait for the gradients of the rows.
 - Each end reads and writes the message once more (`ops/exchange/merged.py`).
 
-Use it where the latency of a message matters: few tokens, small rows, many ranks. Leave it out where rows are large and other
-work can run during their exchange.
+Use it where the latency of a message matters: few tokens, small rows, many ranks. Leave it out
+where rows are large and other work can run during their exchange.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """save_received: activation checkpointing that keeps what a layer received from other ranks, and nothing else.
 
-Without a policy, checkpointing runs the exchanges and the host synchronization of a layer a second time, in the backward
-pass. That is correct, because all ranks repeat them in the same order, but it costs as much as in the forward pass. With this
-policy only local work is repeated.
+Without a policy, checkpointing runs the exchanges and the host synchronization of a layer a second
+time, in the backward pass. That is correct, because all ranks repeat them in the same order, but it
+costs as much as in the forward pass. With this policy only local work is repeated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def save_received(context: SelectiveCheckpointContext, op: Any, *args: Any, **kw
     """A policy for `torch.utils.checkpoint.create_selective_checkpoint_contexts` that repeats no exchange and no host synchronization.
 
     Returns:
-        MUST_SAVE for the functional collectives, moecomm's own and torch's (also DTensor's), and for the sizes of the plan.
-        PREFER_RECOMPUTE for all other ops, such as the experts. Your own policy may ask this one first.
+        MUST_SAVE for the functional collectives, moecomm's own and torch's (also DTensor's), and
+        for the sizes of the plan. PREFER_RECOMPUTE for all other ops, such as the experts. Your own
+        policy may ask this one first.
 
     Raises nothing.
 
@@ -43,10 +44,12 @@ def save_received(context: SelectiveCheckpointContext, op: Any, *args: Any, **kw
     A layer keeps this:
 
     - the [R, D] tokens that it received
-    - the [S, D] sums that came home; eager mode keeps them even if nothing needs them again, a compiled graph does not
+    - the [S, D] sums that came home; eager mode keeps them even if nothing needs them again, a
+      compiled graph does not
     - R short messages
 
-    Collectives that write into a given tensor, such as those of `torch.distributed`, are repeated, because their effect counts.
+    Collectives that write into a given tensor, such as those of `torch.distributed`, are repeated,
+    because their effect counts.
     """
     return CheckpointPolicy.MUST_SAVE if _received(op) else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -18,9 +18,11 @@ def in_two_chunks(layer: Callable[..., Tree], *tokens: Tensor) -> Tree:
     """Return ``layer(*tokens)``, computed by two calls: on the first half of the tokens, then on the second half.
 
     Args:
-        layer: a function of tensors [T, ...] that treats each token by itself, such as an MoE layer without capacity. It returns
-            a tensor [T, ...] or a pytree of them. Other results, such as a loss over the tokens, are not allowed.
-        tokens: [T, ...] each, with the same T. T may be odd, 1 or 0, and may differ between ranks: every rank makes two calls.
+        layer: a function of tensors [T, ...] that treats each token by itself, such as an MoE layer
+            without capacity. It returns a tensor [T, ...] or a pytree of them. It must not return
+            anything else, such as a loss over the tokens.
+        tokens: [T, ...] each, with the same T. T may be odd, 1 or 0, and may differ between ranks:
+            every rank makes two calls.
 
     Returns:
         What ``layer(*tokens)`` returns, up to the rounding of matmuls of other sizes.
@@ -34,12 +36,13 @@ def in_two_chunks(layer: Callable[..., Tree], *tokens: Tensor) -> Tree:
     >>> in_two_chunks(lambda x, scale: x * scale, torch.arange(3.0), torch.tensor([1.0, 10.0, 100.0]))
     tensor([  0.,  10., 200.])
 
-    Under `torch.compile` with the pass `overlap_exchanges`, the second half's dispatch runs during the first half's experts, and
-    the first half's combine during the second half's experts. The backward pass overlaps in the same way. In eager mode there is
-    no gain: the first half ends before the second half starts.
+    Under `torch.compile` with the pass `overlap_exchanges`, the second half's dispatch runs during
+    the first half's experts, and the first half's combine during the second half's experts. The
+    backward pass overlaps in the same way. In eager mode there is no gain: the first half ends
+    before the second half starts.
 
-    Costs twice the messages and twice the reads of counts, and experts run on half as many rows at a time. It pays off with many
-    rows and without other work that can run during their exchange.
+    Costs twice the messages and twice the reads of counts, and experts run on half as many rows at
+    a time. It pays off with many rows and without other work that can run during their exchange.
     """
     length = tokens[0].shape[0]
     for i, each in enumerate(tokens):

@@ -15,8 +15,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Decompositions for ``ExportedProgram.run_decompositions``, so that a program with a plan can be saved and packaged.
 
     Returns:
-        A dict with one entry: it replaces the op that reads the sizes of a plan by an op that returns a tensor of three numbers,
-        and by a read of each number.
+        A dict with one entry: it replaces the op that reads the sizes of a plan by an op that
+        returns a tensor of three numbers, and by a read of each number.
 
     >>> class Layer(torch.nn.Module):
     ...     def forward(self, x, experts, weights):
@@ -30,12 +30,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     >>> torch.equal(program.module()(*others), Layer()(*others))
     True
 
-    `plan` reads the sizes S, R and N as numbers. `torch.export.export` accepts that. `torch.export.save` and
-    `torch._inductor.aoti_compile_and_package` accept no op that returns numbers (torch 2.13: "Unhandled output type SymInt",
-    "Unsupported return type"). A plan with `max_rows` has no such sizes and needs no decomposition.
+    `plan` reads the sizes S, R and N as numbers. `torch.export.export` accepts that.
+    `torch.export.save` and `torch._inductor.aoti_compile_and_package` accept no op that returns
+    numbers (torch 2.13: "Unhandled output type SymInt", "Unsupported return type"). A plan with
+    `max_rows` has no such sizes and needs no decomposition.
 
-    The program calls moecomm's ops: import moecomm.functional before you load it. It contains the name of its group from the
-    export. Every rank that loads it needs a group of this name; one package then serves all ranks.
+    The program calls moecomm's ops: import moecomm.functional before you load it. It contains the
+    name of its group from the export. Every rank that loads it needs a group of this name; one
+    package then serves all ranks.
     """
     return {plan_sizes: _plan_sizes}
 

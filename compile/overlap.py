@@ -2,30 +2,35 @@
 
     torch.compile(model, options=options(overlap_exchanges))       # options is moecomm.compile.passes.options
 
-It gives the nodes of the graph a new order, forward and backward. It changes no node, except for the sums in step 5:
+It gives the nodes of the graph a new order, forward and backward. It changes no node, except for
+the sums in step 5:
 
-1. The starts of exchanges and of torch's collectives get one order. It follows from how they depend on each other; ties
-   are broken by the matmuls before each, then by its place in the graph. So ranks that trace one program have the same
-   order. All-to-alls that do not depend on each other go side by side, also those of two micro-batches. Other collectives
-   keep their place among all.
-2. What the next start needs comes first, and nothing else. Every start is as early as its input and this order allow.
-3. If this needs the result of an exchange that is still under way, other work comes before the wait, if there is any: a
-   shared expert, a gate's losses, the gradients of weights. The exchanges under way and to come share this work in
-   proportion to their bytes, so that as much of all of them is hidden as possible. A layer's shared expert, for example,
-   runs half during dispatch and half during combine.
+1. The starts of exchanges and of torch's collectives get one order. It follows from how they depend
+   on each other; ties are broken by the matmuls before each, then by its place in the graph. So
+   ranks that trace one program have the same order. All-to-alls that do not depend on each other go
+   side by side, also those of two micro-batches. Other collectives keep their place among all.
+2. What the next start needs comes first, and nothing else. Every start is as early as its input and
+   this order allow.
+3. If this needs the result of an exchange that is still under way, other work comes before the
+   wait, if there is any: a shared expert, a gate's losses, the gradients of weights. The exchanges
+   under way and to come share this work in proportion to their bytes, so that as much of all of
+   them is hidden as possible. A layer's shared expert, for example, runs half during dispatch and
+   half during combine.
 4. Waits come last.
-5. `part_sums` takes a sum out of a matmul, where Inductor has joined the two and the matmul would wait for an exchange.
+5. `part_sums` takes a sum out of a matmul, where Inductor has joined the two and the matmul would
+   wait for an exchange.
 
-The cost is memory. A result that is computed early lives longer, and so does the input of work that is postponed. Both are
-bounded:
+The cost is memory. A result that is computed early lives longer, and so does the input of work that
+is postponed. Both are bounded:
 
 - Work that could run is postponed by at most two large exchanges.
 - No work runs before the exchange that it hides has started.
 - Each exchange under way holds its send buffer and what it receives, as without this pass.
 
-Inductor reorders its kernels to save memory, and knows no exchanges but its own. So `hold` ties each start, matmul and op to
-what must come before it, with Inductor's ``control_deps``. The generated code then keeps the order, and the starts of
-independent exchanges have one order on all ranks. Pointwise operations are not tied, and fuse as without this pass.
+Inductor reorders its kernels to save memory, and knows no exchanges but its own. So `hold` ties
+each start, matmul and op to what must come before it, with Inductor's ``control_deps``. The
+generated code then keeps the order, and the starts of independent exchanges have one order on all
+ranks. Pointwise operations are not tied, and fuse as without this pass.
 """
 
 from __future__ import annotations
@@ -62,7 +67,8 @@ def overlap_exchanges(graph: Graph) -> None:
 def part_sums(graph: Graph) -> None:
     """Split each addmm whose added term waits for an exchange that its factors do not need, into a matmul and a sum.
 
-    Inductor makes such an addmm of the two. Split, the matmul need not wait for the exchange.
+    Inductor joins the two into such an addmm. After the split, the matmul need not wait for the
+    exchange.
     """
     arrived: dict[Node, set[Node]] = {}  # per node, the waits that it depends on
     for node in list(graph.nodes):
@@ -116,7 +122,7 @@ def hold(graph: Graph) -> None:
 
 
 def is_start(node: Node) -> bool:
-    """Whether the node starts an exchange or one of torch's collectives, for whose result a wait waits."""
+    """Whether the node starts an exchange or one of torch's collectives; a wait gives its result."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target.overloadpacket.__name__
@@ -217,7 +223,8 @@ class _Schedule:
     def _order_of_starts(self) -> list[Node]:
         """All starts, ordered by depth, then by the turn of their latest parent, then by the number of matmuls that they need.
 
-        The depth of a start is the number of exchanges that must come before it, one after the other.
+        The depth of a start is the number of exchanges that must come before it, one after the
+        other.
         """
         starts = [node for node in self.all if is_start(node)]
         matmuls = sum(1 << i for i, node in enumerate(self.all) if _is_work(node) and node.target.overloadpacket.__name__ in MATMULS)

@@ -19,8 +19,8 @@ def options(*passes: Pass) -> dict[str, Any]:
     """The ``options`` of `torch.compile` that run these passes on every graph, forward and backward, after Inductor's own passes.
 
     Args:
-        passes: functions that change a graph in place, such as `overlap_exchanges`, in the order in which they run. Your own
-            functions and Inductor's ``CustomGraphPass`` are allowed, too.
+        passes: functions that change a graph in place, such as `overlap_exchanges`, in the order in
+            which they run. Your own functions and Inductor's ``CustomGraphPass`` are allowed, too.
 
     Returns:
         A dict, which may be joined with other options.
@@ -31,8 +31,9 @@ def options(*passes: Pass) -> dict[str, Any]:
     >>> from moecomm.compile.overlap import overlap_exchanges
     >>> f = torch.compile(torch.sin, options=options(overlap_exchanges) | {"max_autotune": False})
 
-    Inductor's cache of compiled code identifies a pass by its ``uuid()``; or else by the source of the file that defines it and
-    moecomm's version. It does not see a change of another file that the pass calls.
+    Inductor's cache of compiled code identifies a pass by its ``uuid()``; or else by the source of
+    the file that defines it and moecomm's version. It does not see a change of another file that
+    the pass calls.
     """
     for each in passes:
         if not callable(each):

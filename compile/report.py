@@ -3,7 +3,8 @@
     python -m moecomm.compile.report package.module:function [--json]
     torchrun --nproc-per-node 4 -m moecomm.compile.report path/to/file.py:function
 
-The function takes no arguments and makes its own inputs. In a checkout of moecomm the default is the demo's model.
+The function takes no arguments and makes its own inputs. In a checkout of moecomm the default is
+the demo's model.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Report what torch.compile makes of ``fn(*args, **kwargs)``: forward and, if the result needs gradients, backward.
 
     Args:
-        fn: a function or module. If it is compiled already, or calls compiled code, as a training step does, it runs unchanged.
-            Otherwise it is compiled here. Graph breaks are then allowed, so that the report finds all of them; apart from
-            that, the compiler captures what it captures with fullgraph=True.
+        fn: a function or module. If it is compiled already, or calls compiled code, as a training
+            step does, it runs unchanged. Otherwise it is compiled here. Graph breaks are then
+            allowed, so that the report finds all of them; apart from that, the compiler captures
+            what it captures with fullgraph=True.
         args, kwargs: its arguments, the same for each call.
 
     Returns:
@@ -93,13 +95,14 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     (1, [], [], [('plan_sizes', 'forward')])
     >>> torch.compiler.reset()  # what was compiled for the report
 
-    Calls ``fn`` once in eager mode, and then three times compiled. If ``fn`` is compiled here, it runs once more, uncompiled, before
-    that. On several ranks all ranks make the same call, and each gets
-    its own report. Without an accelerator, a read of a tensor on the CPU counts as the host synchronization that it would be with
-    one.
+    Calls ``fn`` once in eager mode, and then three times compiled. If ``fn`` is compiled here, it
+    runs once more, uncompiled, before that. On several ranks all ranks make the same call, and each
+    gets its own report. Without an accelerator, a read of a tensor on the CPU counts as the host
+    synchronization that it would be with one.
 
-    Side effects: earlier compiled code is dropped (`torch._dynamo.reset`) and compiled again. ``.grad`` of the parameters and
-    arguments is unchanged. What ``fn`` itself changes, such as an optimizer's step, changes at each call.
+    Side effects: earlier compiled code is dropped (`torch._dynamo.reset`) and compiled again.
+    ``.grad`` of the parameters and arguments is unchanged. What ``fn`` itself changes, such as an
+    optimizer's step, changes at each call.
     """
     torch._dynamo.reset()
     with torch.compiler.set_stance("force_eager"):

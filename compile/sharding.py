@@ -1,8 +1,9 @@
 """DTensor sharding rules of the local ops: rows sharded over the hidden dim stay so, forward and backward, and nothing is sent.
 
-Importing this module registers the rules with DTensor. `dispatch` and `combine` take local shards and need no rules. The rules
-are for callers that pass DTensors to ``moecomm.ops.rows.gather``, ``weighted_sum`` or ``weighted_sum_backward``. On each dim of
-the mesh the weights and the index maps are Replicate, and the rows are:
+Importing this module registers the rules with DTensor. `dispatch` and `combine` take local shards
+and need no rules. The rules are for callers that pass DTensors to ``moecomm.ops.rows.gather``,
+``weighted_sum`` or ``weighted_sum_backward``. On each dim of the mesh the weights and the index
+maps are Replicate, and the rows are:
 
 =========================  =============================================================
 op                         rows in -> out
@@ -14,8 +15,8 @@ op                         rows in -> out
                            grad Replicate, rows Partial -> grad_rows Replicate, grad_weights Partial
 =========================  =============================================================
 
-Rows or tokens that are Shard(0) raise an error: an index map counts a rank's own rows, and DTensor would gather all rows
-first.
+Rows or tokens that are Shard(0) raise an error: an index map counts a rank's own rows, and DTensor
+would gather all rows first.
 """
 
 from __future__ import annotations

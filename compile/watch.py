@@ -1,7 +1,8 @@
 """Watch a run without changing it: what it compiles, sends, reads on the host and keeps for its backward pass.
 
-Compilation is watched through torch's structured trace, which TORCH_TRACE writes to files. Ops are watched through a dispatch
-mode. It is of the kind that also runs under compiled code and that the compiler leaves alone.
+Compilation is watched through torch's structured trace, which TORCH_TRACE writes to files. Ops are
+watched through a dispatch mode. It also sees the ops of compiled code, and the compiler leaves it
+alone.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class Compiling(logging.Handler):
 def _break(text: str) -> Break:
     """Parse Dynamo's message of a graph break into its place and reason.
 
-    The message has the form "Graph break in user code at FILE:LINE", "Graph Break Reason: ...", and further paragraphs.
+    The message has the form "Graph break in user code at FILE:LINE", "Graph Break Reason: ...", and
+    further paragraphs.
     """
     first, _, rest = text.partition("\n")
     reason = (
@@ -114,8 +116,9 @@ def _break(text: str) -> Break:
 class Ops(TorchDispatchMode):
     """The collectives and host syncs of this thread and of the backward passes that it starts, in order.
 
-    With an accelerator, a sync is a read from it. Without one, a sync is a read that would be one if the tensors were on a device.
-    `plan_sizes` and `read_sizes` count as one sync each. Reads inside an op of moecomm do not count.
+    With an accelerator, a sync is a read from it. Without one, a sync is a read that would be one
+    if the tensors were on a device. `plan_sizes` and `read_sizes` count as one sync each. Reads
+    inside an op of moecomm do not count.
     """
 
     def __init__(self) -> None:
