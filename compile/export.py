@@ -15,8 +15,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Decompositions for ``ExportedProgram.run_decompositions``, so that a program with a plan can be saved and packaged.
 
     Returns:
-        A dict with one entry: it replaces the op that reads the sizes of a plan by an op that
-        returns a tensor of three numbers, and by a read of each number.
+        A dict with one entry, for the op that reads the sizes of a plan. It puts an op that returns
+        a tensor of three numbers in its place, and a read of each number.
 
     >>> class Layer(torch.nn.Module):
     ...     def forward(self, x, experts, weights):

@@ -60,8 +60,11 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
 
     Raises, before a group is made:
         TypeError: a size is not an int.
-        ValueError: a size is below 1, the sizes do not multiply to the world's size, ep * etp does
-            not divide dp * cp * tp, or there is no default group.
+        ValueError, in these cases:
+            - a size is below 1
+            - the sizes do not multiply to the world's size
+            - ep * etp does not divide dp * cp * tp
+            - there is no default group
 
     Example, which makes a default group without any launcher:
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -102,7 +105,9 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
 
 
 def layout(dense: tuple[int, ...], expert: tuple[int, ...]) -> str:
-    """A table of rank places in a dense mesh (pp, dp, cp, tp) and an expert mesh (pp, edp, ep, etp) of these sizes, one line per rank.
+    """A table of the ranks' places in a dense and an expert mesh of these sizes, one line per rank.
+
+    ``dense`` is (pp, dp, cp, tp), ``expert`` is (pp, edp, ep, etp).
 
     >>> print(layout(dense=(1, 2, 1, 2), expert=(1, 1, 4, 1)))
     rank |  pp  dp  cp  tp |  pp edp  ep etp

@@ -75,9 +75,11 @@ def slice_gather(
 
     Raises:
         TypeError: ``x`` is not a tensor, or ``size`` not an int.
-        ValueError: ``x`` has no ``dim``, ``grad`` is not one of the two ("slice" for a DTensor),
-            ``x`` is not as long as this rank's slice of ``size``, or ``x`` is a DTensor that is not
-            Shard(dim) over the group.
+        ValueError, in these cases:
+            - ``x`` has no ``dim``
+            - ``grad`` is not one of the two, or not "slice" for a DTensor
+            - ``x`` is not as long as this rank's slice of ``size``
+            - ``x`` is a DTensor that is not Shard(dim) over the group
 
     Backward:
         "slice": this rank's slice of its gradient. It sends nothing.

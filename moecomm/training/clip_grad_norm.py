@@ -60,10 +60,13 @@ def clip_grad_norm_(
     Raises, before anything is sent:
         TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
             ``max_norm`` is not a number.
-        ValueError: ``max_norm`` is below 0, the tensors are on several devices, a gradient is a
-            DTensor with a Partial placement, a parameter has no match in ``spread``, a key of
-            ``spread`` or ``replicas`` is no parameter's first match, or a placement in ``replicas``
-            does not fit its group or its parameters' L.
+        ValueError, in these cases:
+            - ``max_norm`` is below 0
+            - the tensors are on several devices
+            - a gradient is a DTensor with a Partial placement
+            - a parameter has no match in ``spread``
+            - a key of ``spread`` or ``replicas`` is no parameter's first match
+            - a placement in ``replicas`` does not fit its group or its parameters' L
 
     Backward: none. This function is not part of any graph.
 

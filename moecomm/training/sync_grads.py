@@ -67,9 +67,13 @@ def sync_grads_(
     Raises:
         TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
             ``bucket_bytes`` is not an int.
-        ValueError: ``reduce`` or ``scale`` is not one of the two, ``bucket_bytes`` is below 1, the
-            tensors are on several devices, a DTensor is sharded over its group, a parameter has no
-            match in the mapping, or a key of the mapping is no parameter's first match.
+        ValueError, in these cases:
+            - ``reduce`` or ``scale`` is not one of the two
+            - ``bucket_bytes`` is below 1
+            - the tensors are on several devices
+            - a DTensor is sharded over its group
+            - a parameter has no match in the mapping
+            - a key of the mapping is no parameter's first match
 
     Backward: none. This function is not part of any graph.
 
