@@ -1,16 +1,26 @@
-"""merge_exchanges: a pass over a compiled graph that sends in one message what several exchanges of one plan send.
+"""merge_exchanges: a pass over a compiled graph that merges several exchanges of one plan into one message.
 
     torch.compile(model, options=options(merge_exchanges, overlap_exchanges))       # options is moecomm.compile.passes.options
 
-Exchanges that have the same splits, direction and group, and of which none needs another's result, become one: the experts and weights of
-`plan` go with the rows of `dispatch`, the gradients of the weights with those of the rows, and so do the tensors of a pytree. A layer's
-forward then sends 3 messages instead of 4, its backward 2 instead of 3, and every result is the same to the bit. (Few slots come with the
-counts, and there are 3 anyway: then they travel twice.)
+Exchanges merge if they have the same splits, direction and group, and none needs the result of
+another:
 
-What it costs: a message leaves when the last of what it carries is ready, so that nothing can be done with the experts' ids while rows are
-under way, and the gradients of the weights wait for those of the rows; and each end reads and writes the message once more, which is
-`ops/exchange/merged.py`. It is worth that where a message's latency counts: few tokens, small rows, many ranks. Where rows are large, and
-something else can run during their exchange, leave it out.
+- the experts and weights of `plan`, with the rows of `dispatch`
+- the gradients of the weights, with the gradients of the rows
+- the tensors of a pytree
+
+A layer's forward then sends 3 messages instead of 4, and its backward 2 instead of 3. Every result
+is the same to the bit. If slots are few, they come with the counts and the forward sends 3 messages
+anyway; with this pass they then travel twice.
+
+Costs:
+
+- A message leaves when the last of its parts is ready. So work on the expert ids cannot run while
+  the rows travel, and the gradients of the weights wait for the gradients of the rows.
+- Each end reads and writes the message once more (`ops/exchange/merged.py`).
+
+Use it where the latency of a message matters: few tokens, small rows, many ranks. Leave it out
+where rows are large and other work can run during their exchange.
 """
 
 from __future__ import annotations
@@ -32,7 +42,7 @@ DIRECTIONS = {slots_exchange: 0, dispatch_exchange: 0, combine_exchange: 1, retu
 
 
 def merge_exchanges(graph: Graph) -> None:
-    """Replace exchanges that can share a message by one."""
+    """Merge the exchanges of the graph that can share a message, in place."""
     from torch._inductor.pattern_matcher import stable_topological_sort
 
     while starts := _mergeable(graph):
@@ -42,7 +52,7 @@ def merge_exchanges(graph: Graph) -> None:
 
 
 def _mergeable(graph: Graph) -> list[Node]:
-    """Two exchanges or more that may share a message; none where there are no such."""
+    """Two or more exchanges that can share a message; an empty list if there are none."""
     nodes = list(graph.nodes)
     bits = {node: 1 << i for i, node in enumerate(nodes)}
     before: dict[Node, int] = {}
@@ -60,7 +70,7 @@ def _mergeable(graph: Graph) -> list[Node]:
         for first in starts:
             together = [first]
             for node in starts[starts.index(first) + 1 :]:
-                if not any(before[node] & bits[other] for other in together):  # an earlier one cannot need a later one
+                if not any(before[node] & bits[other] for other in together):  # an earlier node cannot need a later one
                     together.append(node)
             if len(together) > 1:
                 return together
@@ -68,12 +78,12 @@ def _mergeable(graph: Graph) -> list[Node]:
 
 
 def _direction(start: Node) -> int | None:
-    """0 to the experts, 1 home; None of what is none of the exchanges of a plan's rows."""
+    """0 for an exchange of rows or slots to the experts, 1 for one back home; None for any other node."""
     return start.args[4] if start.target is wire_exchange else DIRECTIONS.get(start.target)  # type: ignore[return-value]
 
 
 def _merge(graph: Graph, starts: list[Node]) -> None:
-    """Send what these start in one message, and take it apart after one wait."""
+    """Replace these exchanges by one message and one wait, and split what arrives."""
     splits, size, group = starts[0].args[-3:]
     with graph.inserting_before(starts[-1]):
         rows = [_rows_of(graph, start) for start in starts]
@@ -91,7 +101,7 @@ def _merge(graph: Graph, starts: list[Node]) -> None:
 
 
 def _rows_of(graph: Graph, start: Node) -> Node:
-    """What the exchange sends."""
+    """The rows that the exchange sends."""
     if start.target is slots_exchange:
         return _call(graph, slots_message, *start.args[:5], start.args[-3] is None)
     if start.target is dispatch_exchange:

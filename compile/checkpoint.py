@@ -1,7 +1,8 @@
-"""What activation checkpointing keeps of a layer: what came from other ranks, and nothing else.
+"""save_received: activation checkpointing that keeps what a layer received from other ranks, and nothing else.
 
-Without a policy, checkpointing runs a layer's exchanges and its host sync a second time in the backward pass: right on every rank, for all
-ranks repeat them in the same order, but as dear as in the forward pass. With this one they are not repeated, and only local work is.
+Without a policy, checkpointing runs the exchanges and the host synchronization of a layer a second
+time, in the backward pass. That is correct, because all ranks repeat them in the same order, but it
+costs as much as in the forward pass. With this policy only local work is repeated.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
 
 def save_received(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """The policy for `torch.utils.checkpoint.create_selective_checkpoint_contexts` that repeats no exchange and no host sync.
+    """A policy for `torch.utils.checkpoint.create_selective_checkpoint_contexts` that repeats no exchange and no host synchronization.
 
-    It keeps the result of each functional collective, moecomm's own and torch's (DTensor's too), and the sizes of the plan: for a layer
-    [R, D] tokens that came, [S, D] sums that came home (eager mode keeps them even where nothing needs them again; a compiled graph
-    does not) and R short messages. The experts' activations are made again. A policy of your own may ask this one first.
+    Returns:
+        MUST_SAVE for the functional collectives, moecomm's own and torch's (also DTensor's), and
+        for the sizes of the plan. PREFER_RECOMPUTE for all other ops, such as the experts. Your own
+        policy may ask this one first.
 
-    Collectives that write into a tensor they are given, as those of `torch.distributed` do, are repeated: their effect is what counts.
+    Raises nothing.
 
-    Never raises. The backward pass is that of the layer without checkpointing, bit for bit.
+    Backward: that of the layer without checkpointing, bit for bit.
 
     >>> from functools import partial
     >>> from moecomm.compile.checkpoint import save_received
@@ -38,12 +40,22 @@ def save_received(context: SelectiveCheckpointContext, op: Any, *args: Any, **kw
     >>> x.grad
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
+
+    A layer keeps this:
+
+    - the [R, D] tokens that it received
+    - the [S, D] sums that came home; eager mode keeps them even if nothing needs them again, a
+      compiled graph does not
+    - R short messages
+
+    Collectives that write into a given tensor, such as those of `torch.distributed`, are repeated,
+    because their effect counts.
     """
     return CheckpointPolicy.MUST_SAVE if _received(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _received(op: Any) -> bool:
-    """Whether ``op`` gives what came from other ranks, or is the host sync."""
+    """Whether the result of ``op`` comes from other ranks, or ``op`` is the host synchronization."""
     if not isinstance(op, torch._ops.OpOverload):
         return False  # a higher-order op
     if op.namespace == "_c10d_functional":

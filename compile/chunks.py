@@ -1,4 +1,4 @@
-"""in_two_chunks: a batch in two halves, so that one half's exchange can run during the other half's experts."""
+"""in_two_chunks: run a layer on two halves of a batch, so that one half's exchange overlaps with the other half's experts."""
 
 from __future__ import annotations
 
@@ -15,27 +15,34 @@ Tree = TypeVar("Tree")
 
 
 def in_two_chunks(layer: Callable[..., Tree], *tokens: Tensor) -> Tree:
-    """``layer(*tokens)``, computed as ``layer`` of the first half of the tokens and of the second, one after the other.
-
-    Eager mode gains nothing by it: the first half is through before the second starts. Under `torch.compile` with the pass
-    `overlap_exchanges` the second half's dispatch is under way while the first one's experts run, and the first one's combine while the
-    second one's do; in the backward pass likewise. It costs twice the messages and twice the reads of counts, and experts that run on
-    half as many rows at a time: it pays where rows are many and there is nothing else to run during their exchange.
+    """Return ``layer(*tokens)``, computed by two calls: on the first half of the tokens, then on the second half.
 
     Args:
-        layer: a function of tensors [T, ...], each token by itself, as an MoE layer without capacity is; it gives a tensor
-            [T, ...], or a pytree of them. What is no such tensor, such as a loss over the tokens, has no place in it.
-        tokens: [T, ...] each, of one T; it may be odd, 1 or 0, and differ from rank to rank: every rank makes two calls.
+        layer: a function of tensors [T, ...] that treats each token by itself, such as an MoE layer
+            without capacity. It returns a tensor [T, ...] or a pytree of them. It must not return
+            anything else, such as a loss over the tokens.
+        tokens: [T, ...] each, with the same T. T may be odd, 1 or 0, and may differ between ranks:
+            every rank makes two calls.
 
-    Returns what ``layer(*tokens)`` gives, to the rounding of matmuls of other sizes.
+    Returns:
+        What ``layer(*tokens)`` returns, up to the rounding of matmuls of other sizes.
 
-    Backward: the layer's own, of each half; the gradient of a parameter is the sum of the two.
+    Raises:
+        ValueError: the tensors differ in T.
 
-    Raises ValueError where the tensors differ in T.
+    Backward: that of the layer, for each half. The gradient of a parameter is the sum of the two.
 
     >>> from moecomm.compile.chunks import in_two_chunks
     >>> in_two_chunks(lambda x, scale: x * scale, torch.arange(3.0), torch.tensor([1.0, 10.0, 100.0]))
     tensor([  0.,  10., 200.])
+
+    Under `torch.compile` with the pass `overlap_exchanges`, the second half's dispatch runs during
+    the first half's experts, and the first half's combine during the second half's experts. The
+    backward pass overlaps in the same way. In eager mode there is no gain: the first half ends
+    before the second half starts.
+
+    Costs twice the messages and twice the reads of counts, and experts run on half as many rows at
+    a time. It pays off with many rows and without other work that can run during their exchange.
     """
     length = tokens[0].shape[0]
     for i, each in enumerate(tokens):

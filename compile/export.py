@@ -1,4 +1,4 @@
-"""torch.export and AOTInductor: the one op whose results neither of them can write down, in a form that they can."""
+"""decompositions: makes a program with a plan fit for torch.export.save and AOTInductor, which take no op that returns numbers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What to give ``ExportedProgram.run_decompositions``, so that a program with a plan in it can be saved and packaged.
+    """Decompositions for ``ExportedProgram.run_decompositions``, so that a program with a plan can be saved and packaged.
 
-    `plan` reads the sizes S, R and N as numbers. `torch.export.export` takes that; `torch.export.save` and
-    `torch._inductor.aoti_compile_and_package` take no op that gives numbers (torch 2.13: "Unhandled output type SymInt", "Unsupported
-    return type"). This puts a tensor of three numbers, and a read of each, in its place. A plan of `max_rows` has no such sizes, and
-    needs this not at all.
-
-    The program calls moecomm's ops: who loads it imports moecomm.functional first. It names its group as it was called where it was
-    exported, so that the ranks which load it need a group of that name, and then one package serves all of them.
+    Returns:
+        A dict with one entry, for the op that reads the sizes of a plan. It puts an op that returns
+        a tensor of three numbers in its place, and a read of each number.
 
     >>> class Layer(torch.nn.Module):
     ...     def forward(self, x, experts, weights):
@@ -33,6 +29,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     >>> others = torch.randn(9, 8), torch.randint(4, (9, 2)), torch.rand(9, 2)
     >>> torch.equal(program.module()(*others), Layer()(*others))
     True
+
+    `plan` reads the sizes S, R and N as numbers. `torch.export.export` accepts that.
+    `torch.export.save` and `torch._inductor.aoti_compile_and_package` accept no op that returns
+    numbers (torch 2.13: "Unhandled output type SymInt", "Unsupported return type"). A plan with
+    `max_rows` has no such sizes and needs no decomposition.
+
+    The program calls moecomm's ops: import moecomm.functional before you load it. It contains the
+    name of its group from the export. Every rank that loads it needs a group of this name; one
+    package then serves all ranks.
     """
     return {plan_sizes: _plan_sizes}
 

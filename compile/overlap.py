@@ -1,26 +1,36 @@
-"""overlap_exchanges: a pass over a compiled graph that lets what does not depend on an exchange run while it is under way.
+"""overlap_exchanges: a pass over a compiled graph that runs independent work while exchanges are under way.
 
     torch.compile(model, options=options(overlap_exchanges))       # options is moecomm.compile.passes.options
 
-It orders the nodes of the graph anew, forward and backward alike, and changes none of them:
+It gives the nodes of the graph a new order, forward and backward. It changes no node, except for
+the sums in step 5:
 
-1. The starts of exchanges and of torch's collectives are put in one order, by what they depend on among each other and by no other work, so
-   that ranks that trace one program have one order. All-to-alls that do not depend on each other go side by side, those of two
-   micro-batches too; other collectives keep their place among all.
-2. What the next start needs comes first, and nothing else: every start is as early as its input and the order allow.
-3. Where that needs the result of an exchange which is still under way, other work comes before the wait, if there is any: a shared expert,
-   a gate's losses, the gradients of weights. It is shared out among the exchanges under way and to come in proportion to their bytes (for a
-   layer's shared expert: half of it during dispatch and half during combine), so that as much of all of them is hidden as can be.
+1. The starts of exchanges and of torch's collectives get one order. It follows from how they depend
+   on each other; ties are broken by the matmuls before each, then by its place in the graph. So
+   ranks that trace one program have the same order. All-to-alls that do not depend on each other go
+   side by side, also those of two micro-batches. Other collectives keep their place among all.
+2. What the next start needs comes first, and nothing else. Every start is as early as its input and
+   this order allow.
+3. If this needs the result of an exchange that is still under way, other work comes before the
+   wait, if there is any: a shared expert, a gate's losses, the gradients of weights. The exchanges
+   under way and to come share this work in proportion to their bytes, so that as much of all of
+   them is hidden as possible. A layer's shared expert, for example, runs half during dispatch and
+   half during combine.
 4. Waits come last.
+5. `part_sums` takes a sum out of a matmul, where Inductor has joined the two and the matmul would
+   wait for an exchange.
 
-What it costs is memory: a result that is computed early lives longer, and so does the input of work that is put off. Both are bounded: work
-that could run is put off by at most two large exchanges, none is done before the exchange it hides has started, and each exchange that
-is under way holds its send buffer and what it receives, as ever.
+The cost is memory. A result that is computed early lives longer, and so does the input of work that
+is postponed. Both are bounded:
 
-Inductor orders its kernels anew to save memory, and knows nothing of exchanges that are not its own: `hold` ties each start, matmul and
-op to what must come before it, with Inductor's ``control_deps``, so that the generated code keeps the order. That also keeps the starts
-of independent exchanges in one order on all ranks. Pointwise operations are not tied, and fuse as they would; a sum that Inductor has
-made part of a matmul is taken out of it where that would make the matmul wait for an exchange.
+- Work that could run is postponed by at most two large exchanges.
+- No work runs before the exchange that it hides has started.
+- Each exchange under way holds its send buffer and what it receives, as without this pass.
+
+Inductor reorders its kernels to save memory, and knows no exchanges but its own. So `hold` ties
+each start, matmul and op to what must come before it, with Inductor's ``control_deps``. The
+generated code then keeps the order, and the starts of independent exchanges have one order on all
+ranks. Pointwise operations are not tied, and fuse as without this pass.
 """
 
 from __future__ import annotations
@@ -33,18 +43,21 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-EXCHANGES = {  # of moecomm
+EXCHANGES = {  # moecomm's ops that start one
     "messages_exchange", "slots_exchange", "dispatch_exchange", "combine_exchange", "return_exchange", "rows_exchange", "wire_exchange",
 }  # fmt: skip
 MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm"}
 WORLDS = ("_c10d_functional", "_c10d_functional_autograd")
-LENGTH = 4096  # that a dimension is taken for where it is not known, on any rank alike
-PER_ELEMENT = 100  # multiply-adds that a matmul does while an element is moved: 20 on a CPU to 600 on an H100, where few nodes depend on it
-PATIENCE = 2  # large exchanges that work is put off by at most
+LENGTH = 4096  # assumed for a dim of unknown size, the same on all ranks
+PER_ELEMENT = 100  # multiply-adds of a matmul in the time of one element moved: 20 on a CPU to 600 on an H100; few nodes depend on it
+PATIENCE = 2  # by how many large exchanges work is postponed at most
 
 
 def overlap_exchanges(graph: Graph) -> None:
-    """Order the graph's nodes so that exchanges hide behind what does not depend on them, and have Inductor keep that order."""
+    """Reorder the graph in place so that exchanges run beside work that does not depend on them; Inductor keeps this order.
+
+    A graph without an exchange or collective stays unchanged.
+    """
     if any(map(is_start, graph.nodes)):
         part_sums(graph)
         reorder(graph)
@@ -52,8 +65,12 @@ def overlap_exchanges(graph: Graph) -> None:
 
 
 def part_sums(graph: Graph) -> None:
-    """Make matmuls of their own of those that Inductor has joined with the sum of an exchange's result: they need not wait for it."""
-    arrived: dict[Node, set[Node]] = {}  # the waits that each node comes after
+    """Split each addmm whose added term waits for an exchange that its factors do not need, into a matmul and a sum.
+
+    Inductor joins the two into such an addmm. After the split, the matmul need not wait for the
+    exchange.
+    """
+    arrived: dict[Node, set[Node]] = {}  # per node, the waits that it depends on
     for node in list(graph.nodes):
         arrived[node] = set().union(*(arrived[needed] for needed in node.all_input_nodes), {node} if is_wait(node) else ())
         if node.target is not torch.ops.aten.addmm.default or any(scale != 1 for scale in node.kwargs.values()):
@@ -71,7 +88,7 @@ def part_sums(graph: Graph) -> None:
 
 
 def reorder(graph: Graph) -> None:
-    """The order alone, for compilers that run a graph as it stands."""
+    """Reorder the graph in place, without ties. This is enough for compilers that run a graph in its order."""
     for node in _Schedule(graph).nodes():
         if node.op not in ("placeholder", "output"):
             graph.output_node().prepend(node)
@@ -79,11 +96,11 @@ def reorder(graph: Graph) -> None:
 
 
 def hold(graph: Graph) -> None:
-    """Tie starts, waits and work to what stands before them, where their inputs do not."""
+    """Tie starts, waits and work to the nodes that stand before them, unless their inputs do this already."""
     from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
     from torch.utils._ordered_set import OrderedSet
 
-    before: dict[Node, int] = {}  # the nodes that come before each, as bits
+    before: dict[Node, int] = {}  # per node, the nodes that must come before it, as bits
     bits = {node: 1 << i for i, node in enumerate(graph.nodes)}
     ties: dict[Node, Any] = {}
     start = work = None
@@ -105,7 +122,7 @@ def hold(graph: Graph) -> None:
 
 
 def is_start(node: Node) -> bool:
-    """Whether it starts an exchange, or one of torch's collectives, that a wait ends."""
+    """Whether the node starts an exchange or one of torch's collectives; a wait gives its result."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target.overloadpacket.__name__
@@ -123,19 +140,19 @@ def _is_exchange(start: Node) -> bool:
 
 
 def _is_work(node: Node) -> bool:
-    """Whether it is a kernel of its own, which fuses with nothing before it."""
+    """Whether the node is a kernel of its own, which does not fuse with a node before it."""
     if not isinstance(node.target, torch._ops.OpOverload) or is_start(node) or is_wait(node):
         return False
     return node.target.namespace not in ("aten", "prims") or node.target.overloadpacket.__name__ in MATMULS
 
 
 def _can_be_tied(node: Node) -> bool:
-    """Inductor cannot tie what gives sizes."""
+    """Whether all results of the node are tensors: Inductor cannot tie a node that returns sizes."""
     return all(isinstance(value, torch.Tensor) for value in _values(node.meta.get("val")))
 
 
 def _tensor_of(node: Node) -> Node | None:
-    """What stands for the node's having run: itself, or one of its results."""
+    """A tensor that shows that the node has run: its result, or one of its results."""
     if isinstance(node.meta.get("val"), torch.Tensor):
         return node
     return next((user for user in node.users if isinstance(user.meta.get("val"), torch.Tensor)), None)
@@ -146,7 +163,7 @@ def _values(value: Any) -> Iterable[Any]:
 
 
 def _size(dim: Any) -> int:
-    """A dim of a shape; one that ranks may differ in counts as `LENGTH`."""
+    """A dim of a shape. A symbolic dim, in which ranks may differ, counts as `LENGTH`."""
     return dim if isinstance(dim, int) else LENGTH
 
 
@@ -159,7 +176,7 @@ def _bytes(start: Node) -> int:
 
 
 def _cost(node: Node) -> int:
-    """About how long it takes, in elements moved; 0 for a view or a size."""
+    """The node's approximate time, in elements moved; 0 for a view or a size."""
     if not isinstance(node.target, torch._ops.OpOverload) or is_wait(node) or any(r.alias_info for r in node.target._schema.returns):
         return 0
     made = _elements(node.meta.get("val"))
@@ -170,13 +187,13 @@ def _cost(node: Node) -> int:
 
 
 class _Schedule:
-    """One pass over a graph: `nodes` gives its nodes in their new order."""
+    """The schedule of one graph: `nodes` returns its nodes in their new order."""
 
     def __init__(self, graph: Graph) -> None:
         self.all = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.all)}
         self.needs = needs_of(self.all)
-        self.ancestors: dict[Node, int] = {}  # as bits, with the node's own
+        self.ancestors: dict[Node, int] = {}  # as bits, including the node itself
         for node in self.all:
             self.ancestors[node] = 1 << self.index[node]
             for needed in self.needs[node]:
@@ -186,9 +203,9 @@ class _Schedule:
         self.cost = {node: _cost(node) for node in self.all}
         self.bytes = [_bytes(start) for start in self.starts]
         self.waited = [False] * len(self.starts)
-        self.deadline: dict[Node, int] = {}  # the start that a node must come before, once it is known
+        self.deadline: dict[Node, int] = {}  # the turn of the start that a node must come before, once it is known
         self.order: dict[Node, None] = {}
-        self.followers: dict[Node, list[Node]] = {node: [] for node in self.all}  # what stays where it can first be: parts, and checks
+        self.followers: dict[Node, list[Node]] = {node: [] for node in self.all}  # placed as early as possible: parts, and checks
         for node in self.all:
             if node.target is operator.getitem or (node.op == "call_function" and not node.users and self.cost[node] == 0):
                 for needed in self.needs[node]:
@@ -204,7 +221,11 @@ class _Schedule:
         return list(self.order)
 
     def _order_of_starts(self) -> list[Node]:
-        """By depth, that is how many exchanges must come one after the other before; then by the parent's turn and the matmuls before."""
+        """All starts, ordered by depth, then by the turn of their latest parent, then by the number of matmuls that they need.
+
+        The depth of a start is the number of exchanges that must come before it, one after the
+        other.
+        """
         starts = [node for node in self.all if is_start(node)]
         matmuls = sum(1 << i for i, node in enumerate(self.all) if _is_work(node) and node.target.overloadpacket.__name__ in MATMULS)
         depth: dict[Node, int] = {}
@@ -221,7 +242,7 @@ class _Schedule:
                 latest = max((order.get(other, -1) for other in parents[start]), default=-1)  # noqa: B023 - used at once
                 return latest, (self.ancestors[start] & matmuls).bit_count(), self.index[start]
 
-            # A collective that is no exchange stays behind what it stood behind.
+            # A collective that is not an exchange keeps its place behind earlier starts.
             exchanges = sorted((start for start in starts if depth[start] == level and _is_exchange(start)), key=key)
             others = [start for start in starts if depth[start] == level and not _is_exchange(start)]
             for start in exchanges + others:
@@ -229,7 +250,7 @@ class _Schedule:
         return list(order)
 
     def _missing(self, node: Node) -> list[Node]:
-        """The node and what it needs, as far as they are not yet in order."""
+        """The node and all nodes that it needs, without those that are in order already."""
         missing, todo = {node}, [node]
         while todo:
             new = {needed for needed in self.needs[todo.pop()] if needed not in self.order} - missing
@@ -244,7 +265,10 @@ class _Schedule:
                 self._put(follower)
 
     def _put_all(self, missing: list[Node]) -> None:
-        """Put these in order: first what waits for no exchange; then, again and again, the earliest wait, and what it makes possible."""
+        """Put these nodes in order: first those that wait for no exchange, then the earliest wait and the nodes that it makes possible.
+
+        The second step repeats until all nodes are in order.
+        """
         while True:
             for node in missing:
                 if node not in self.order and self._started(node) is None and all(needed in self.order for needed in self.needs[node]):
@@ -257,7 +281,7 @@ class _Schedule:
             self._put(first)
 
     def _started(self, node: Node) -> Node | None:
-        """The start that the node waits for."""
+        """The start whose result this node waits for; None if the node is not a wait."""
         if not is_wait(node):
             return None
         start = node.args[0]
@@ -266,7 +290,7 @@ class _Schedule:
         return start if start in self.turn else None  # type: ignore[return-value]
 
     def _fill(self, turn: int) -> None:
-        """Put in order what may run during the exchange whose wait comes next: its share of what could run now."""
+        """Put in order the work that hides the exchange whose wait comes next: its share of the work that could run now."""
         if self.waited[turn]:
             return
         possible: dict[Node, None] = {}
@@ -296,7 +320,7 @@ class _Schedule:
         self.waited[turn] = True
 
     def _deadline(self, node: Node, turn: int) -> int:
-        """The turn of the start before which the node must have run: one that needs it, or the end of our patience."""
+        """The turn of the start before which the node must run: the first start that needs it, or the limit by `PATIENCE`."""
         if node not in self.deadline:
             large = [i for i, size in enumerate(self.bytes) if i >= turn and size >= max(self.bytes) / 8 and not self.waited[i]]
             patience = large[PATIENCE] if len(large) > PATIENCE else len(self.starts)
@@ -306,9 +330,12 @@ class _Schedule:
 
 
 def needs_of(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """What each node must come after: its inputs, writes to the memory it reads, and reads of the memory that it writes."""
+    """The nodes that each node must come after: its inputs, earlier writes to memory it reads, and earlier reads of memory it writes.
+
+    Ops that draw random numbers also keep their order.
+    """
     needs: dict[Node, list[Node]] = {}
-    memory: dict[Node, Node] = {}  # the node whose memory a node's result is
+    memory: dict[Node, Node] = {}  # per node, the node that owns the memory of its result
     readers: dict[Node, list[Node]] = {}
     written: dict[Node, Node] = {}
     random: Node | None = None

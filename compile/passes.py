@@ -1,4 +1,4 @@
-"""options: passes over a compiled graph as options of torch.compile, in the order in which they are named."""
+"""options: turns passes over a compiled graph into options of torch.compile. They run in the order given."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ Pass = Callable[[Graph], None]
 
 
 def options(*passes: Pass) -> dict[str, Any]:
-    """What `torch.compile` takes as ``options`` to run the passes on every graph, forward and backward, after Inductor's own.
+    """The ``options`` of `torch.compile` that run these passes on every graph, forward and backward, after Inductor's own passes.
 
     Args:
-        passes: functions that change a graph in place, such as `overlap_exchanges`, run in this order; one's own may be among them, and
-            Inductor's ``CustomGraphPass`` too. Where compiled code is kept for later, a pass is known by its ``uuid()``, or by the
-            source of the file that it is defined in and moecomm's version; a change of another file that it calls is not seen.
+        passes: functions that change a graph in place, such as `overlap_exchanges`, in the order in
+            which they run. Your own functions and Inductor's ``CustomGraphPass`` are allowed, too.
 
-    Raises TypeError for what cannot be called.
+    Returns:
+        A dict, which may be joined with other options.
+
+    Raises:
+        TypeError: a pass is not callable.
 
     >>> from moecomm.compile.overlap import overlap_exchanges
     >>> f = torch.compile(torch.sin, options=options(overlap_exchanges) | {"max_autotune": False})
+
+    Inductor's cache of compiled code identifies a pass by its ``uuid()``; or else by the source of
+    the file that defines it and moecomm's version. It does not see a change of another file that
+    the pass calls.
     """
     for each in passes:
         if not callable(each):
@@ -35,7 +42,7 @@ def options(*passes: Pass) -> dict[str, Any]:
 
 
 class _Passes(CustomGraphPass):
-    """A class, since that is how Inductor asks a pass what its compiled code is to be known by."""
+    """All passes as one CustomGraphPass: Inductor asks this class by which key to cache the compiled code."""
 
     def __init__(self, passes: tuple[Pass, ...]) -> None:
         self.passes = passes
@@ -50,7 +57,7 @@ class _Passes(CustomGraphPass):
 
 
 def _name(each: Pass) -> Any:
-    """What a pass is known by; None, which keeps Inductor from keeping the code at all, where that cannot be found out."""
+    """The key of a pass in Inductor's cache. None if there is no way to find one: Inductor then does not cache the code."""
     if isinstance(each, CustomGraphPass):
         return each.uuid()
     file = inspect.getsourcefile(each) if inspect.isfunction(each) and each.__closure__ is None else None

@@ -1,9 +1,10 @@
-"""What torch.compile makes of a function, in one table: graph breaks, recompiles, host syncs, collectives, memory, kernels.
+"""Print what torch.compile makes of a function, in one table: graph breaks, recompiles, host syncs, collectives, memory, kernels.
 
     python -m moecomm.compile.report package.module:function [--json]
     torchrun --nproc-per-node 4 -m moecomm.compile.report path/to/file.py:function
 
-The function takes no arguments, and makes its own inputs. In a checkout of moecomm it may be left out: it is the demo's model then.
+The function takes no arguments and makes its own inputs. In a checkout of moecomm the default is
+the demo's model.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from moecomm.compile.watch import Break, Compiling, Recompile, Run, run
 from moecomm.errors import wrong_value
 
 DEMO = "tutorials.demo.step:loss"
-CALLS = 3  # the first compiles, the second may recompile with sizes as variables, and the third must be as the second
+CALLS = 3  # the first compiles, the second may recompile with dynamic sizes, the third must equal the second
 
 
 class Report(NamedTuple):
-    """What `report` found. ``str(report)`` is the table, ``report.to_dict()`` the same as plain data."""
+    """The result of `report`. ``str(report)`` is the table, ``report.to_dict()`` the same as plain data."""
 
     name: str
-    graphs: int  # compiled by Dynamo, recompiled ones too
+    graphs: int  # compiled by Dynamo, including recompiled ones
     breaks: list[Break]
     recompiles: list[Recompile]
     seconds: float  # of compilation, forward and backward
-    kernels: int  # that Inductor wrote, also where it took them from its cache
+    kernels: int  # that Inductor wrote, including those from its cache
     eager: Run
-    compiled: Run | None  # the last call; None where compilation failed
-    error: str = ""  # why it did
+    compiled: Run | None  # the last call; None if compilation failed
+    error: str = ""  # why compilation failed
 
     def to_dict(self) -> dict[str, Any]:
-        """Dicts, lists, strings and numbers."""
+        """The report as dicts, lists, strings and numbers."""
         return _plain(self)
 
     def __str__(self) -> str:
@@ -58,23 +59,31 @@ class Report(NamedTuple):
 
 
 def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
-    """What torch.compile makes of ``fn(*args, **kwargs)``, forward and, where the result needs gradients, backward.
+    """Report what torch.compile makes of ``fn(*args, **kwargs)``: forward and, if the result needs gradients, backward.
 
-    ``fn`` is called once in eager mode and then three times compiled, with the same arguments: a function or module that is compiled
-    already, or that calls what is, such as a training step, runs as it is; any other is compiled here, with what fullgraph=True would
-    capture, but past graph breaks, so that all of them are found. On several ranks all call it alike, and each gets its own report.
+    Args:
+        fn: a function or module. If it is compiled already, or calls compiled code, as a training
+            step does, it runs unchanged. Otherwise it is compiled here. Graph breaks are then
+            allowed, so that the report finds all of them; apart from that, the compiler captures
+            what it captures with fullgraph=True.
+        args, kwargs: its arguments, the same for each call.
 
-    Returns a `Report`:
-        graphs, seconds, kernels: how much was compiled, how long it took, and the kernels that Inductor wrote.
-        breaks: each graph break's ``place``, file:line, and ``reason``.
-        recompiles: each recompile's ``function``, ``place`` and ``cause``, the guard that failed.
-        eager, compiled: a run each: its host ``syncs`` with their place, its ``collectives`` with the bytes that this rank gets, from
-            itself too, and the bytes ``saved`` for the backward pass, parameters and arguments left out.
-        error: where fullgraph=True refuses a graph break, or compilation fails, what was raised; ``compiled`` is None then.
+    Returns:
+        A `Report`:
 
-    What was compiled before is forgotten (`torch._dynamo.reset`) and compiled again. ``.grad`` of the parameters and arguments is as
-    before, but what ``fn`` itself changes, an optimizer's step say, is changed at each call. Without an accelerator, a read of a tensor
-    on the CPU counts as the host sync that it would be. What ``fn`` raises in eager mode is raised.
+        ==================================  ====================================================================================
+        ``graphs``, ``seconds``,            how much was compiled, how long it took, and the kernels that Inductor wrote
+        ``kernels``
+        ``breaks``                          each graph break's ``place``, file:line, and ``reason``
+        ``recompiles``                      each recompile's ``function``, ``place`` and ``cause``, the guard that failed
+        ``eager``, ``compiled``             one run each: its host ``syncs`` with their place; its ``collectives`` with the
+                                            bytes that this rank receives, also from itself; and the bytes ``saved`` for the
+                                            backward pass, without parameters and arguments
+        ``error``                           what was raised, if fullgraph=True refuses a graph break or compilation fails;
+                                            ``compiled`` is then None
+        ==================================  ====================================================================================
+
+    Raises what ``fn`` raises in eager mode.
 
     >>> from moecomm.compile.report import report
     >>> def layer(x):
@@ -85,6 +94,15 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     >>> found.graphs, found.breaks, found.recompiles, [(sync.op, sync.phase) for sync in found.compiled.syncs]
     (1, [], [], [('plan_sizes', 'forward')])
     >>> torch.compiler.reset()  # what was compiled for the report
+
+    Calls ``fn`` once in eager mode, and then three times compiled. If ``fn`` is compiled here, it
+    runs once more, uncompiled, before that. On several ranks all ranks make the same call, and each
+    gets its own report. Without an accelerator, a read of a tensor on the CPU counts as the host
+    synchronization that it would be with one.
+
+    Side effects: earlier compiled code is dropped (`torch._dynamo.reset`) and compiled again.
+    ``.grad`` of the parameters and arguments is unchanged. What ``fn`` itself changes, such as an
+    optimizer's step, changes at each call.
     """
     torch._dynamo.reset()
     with torch.compiler.set_stance("force_eager"):
@@ -94,7 +112,7 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     with Compiling() as compiling:
         try:
             compiled = run(fn, args, kwargs, eager=False)
-            if not compiling.graphs and not compiling.breaks:  # nothing in it is compiled yet
+            if not compiling.graphs and not compiling.breaks:  # fn does not use compiled code
                 with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
                     compiled = _calls(torch.compile(fn), args, kwargs, CALLS)
             else:
@@ -107,12 +125,12 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _calls(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Run:
-    """The last of so many runs."""
+    """Run ``fn`` this number of times, and return the last run."""
     return [run(fn, args, kwargs, eager=False) for _ in range(number)][-1]
 
 
 def _kernels() -> int:
-    import torch._inductor.metrics  # slow to import, and needed by nobody but who compiles
+    import torch._inductor.metrics  # slow to import, and needed only to compile
 
     return torch._inductor.metrics.generated_kernel_count
 
@@ -145,7 +163,7 @@ def _size(count: float) -> str:
 
 
 def find(target: str) -> Callable[..., Any]:
-    """The function that ``package.module:name`` or ``path/to/file.py:name`` means."""
+    """The function that ``package.module:name`` or ``path/to/file.py:name`` names."""
     where, _, name = target.rpartition(":")
     if not where:
         wrong_value("target", repr(target), "package.module:function or path/to/file.py:function")
@@ -171,5 +189,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "")  # as `python file.py` would find its neighbours
+    sys.path.insert(0, "")  # find modules in the current directory, as `python file.py` does in the file's
     main(sys.argv[1:])

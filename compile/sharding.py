@@ -1,8 +1,9 @@
-"""DTensor sharding rules of the local ops: rows in slices of the hidden dim stay so, forward and backward, and nothing is sent.
+"""DTensor sharding rules of the local ops: rows sharded over the hidden dim stay so, forward and backward, and nothing is sent.
 
-Importing this module registers the rules with DTensor. `dispatch` and `combine` need none, since they take local shards: these are for
-those who call ``moecomm.ops.rows.gather``, ``weighted_sum`` or ``weighted_sum_backward`` with DTensors. On each dim of the mesh, with the
-index maps Replicate, as the weights are:
+Importing this module registers the rules with DTensor. `dispatch` and `combine` take local shards
+and need no rules. The rules are for callers that pass DTensors to ``moecomm.ops.rows.gather``,
+``weighted_sum`` or ``weighted_sum_backward``. On each dim of the mesh the weights and the index
+maps are Replicate, and the rows are:
 
 =========================  =============================================================
 op                         rows in -> out
@@ -14,7 +15,8 @@ op                         rows in -> out
                            grad Replicate, rows Partial -> grad_rows Replicate, grad_weights Partial
 =========================  =============================================================
 
-Rows or tokens that are Shard(0) are an error: an index map is of a rank's own rows, and DTensor would gather them all first.
+Rows or tokens that are Shard(0) raise an error: an index map counts a rank's own rows, and DTensor
+would gather all rows first.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from moecomm.ops.rows.gather import gather
 from moecomm.ops.rows.weighted_sum import weighted_sum
 from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
 
-Rules = list[tuple[list[Placement], list[Placement | None]]]  # of outputs and of inputs, on one mesh dim
+Rules = list[tuple[list[Placement], list[Placement | None]]]  # the placements of outputs and of inputs, on one mesh dim
 WHOLE, SLICE, PART = Replicate(), Shard(1), Partial()
 
 
@@ -59,7 +61,7 @@ def weighted_sum_backward_rules(grad: Any, rows: Any, weights: Any, order: Any, 
 
 
 def _check(**specs: Any) -> None:
-    """Raise where one of the tensors is sharded over its rows."""
+    """Raise ValueError if one of the tensors is sharded over its rows."""
     for argument, spec in specs.items():
         for i, placement in enumerate(spec.placements):
             if placement == Shard(0):

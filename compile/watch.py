@@ -1,7 +1,8 @@
-"""What a run compiles, sends, reads and keeps for its backward pass: watched while it happens, and none of it changed.
+"""Watch a run without changing it: what it compiles, sends, reads on the host and keeps for its backward pass.
 
-Compilation is watched through torch's structured trace, which is what TORCH_TRACE writes to files; ops through a dispatch mode of the kind
-that compiled code runs under as well, and that the compiler leaves alone.
+Compilation is watched through torch's structured trace, which TORCH_TRACE writes to files. Ops are
+watched through a dispatch mode. It also sees the ops of compiled code, and the compiler leaves it
+alone.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import moecomm.ops
 from moecomm.ops.exchange.start_op import STARTS
 from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
-# What waits for the device: ops whose result the host must know, or whose shape it must.
+# Ops that wait for the device, because the host must know their result or its shape.
 READ_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "bincount"}
-READ_CALLS = {"cpu", "numpy", "tolist"}  # calls that are no op where the tensor is on the CPU already
+READ_CALLS = {"cpu", "numpy", "tolist"}  # calls that run no op if the tensor is on the CPU already
 PYTHON, *LIBRARIES = (
     os.path.dirname(str(file)) + os.sep for file in (os.__file__, torch.__file__, moecomm.__file__, moecomm.ops.__file__, __file__)
 )
@@ -47,13 +48,13 @@ class Recompile(NamedTuple):
 class Sync(NamedTuple):
     op: str
     phase: str  # "forward" or "backward"
-    place: str  # file:line in the user's code; of a compiled run, where it was called
+    place: str  # file:line in the user's code; in a compiled run, where the compiled code was called
 
 
 class Collective(NamedTuple):
     op: str
     phase: str
-    bytes: int  # of what this rank gets, from itself too
+    bytes: int  # that this rank receives, also from itself
     place: str
 
 
@@ -66,7 +67,7 @@ class Run(NamedTuple):
 
 
 class Compiling(logging.Handler):
-    """``with Compiling() as compiling``: what torch.compile did meanwhile."""
+    """What torch.compile does inside the block: ``with Compiling() as compiling``."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -86,7 +87,7 @@ class Compiling(logging.Handler):
         self.graphs += "dynamo_output_graph" in told
         if told.get("artifact", {}).get("name") == "dynamo_graph_break_reason":
             found = _break(str(getattr(record, "payload", "")))
-            if found not in self.breaks:  # a frame that is traced again after a break tells of it again
+            if found not in self.breaks:  # a frame that is traced again after a break reports it again
                 self.breaks.append(found)
         for name in ("compilation_metrics", "bwd_compilation_metrics"):
             metrics = told.get(name, {})
@@ -97,7 +98,11 @@ class Compiling(logging.Handler):
 
 
 def _break(text: str) -> Break:
-    """The place and reason in Dynamo's message: "Graph break in user code at FILE:LINE", "Graph Break Reason: ...", paragraphs."""
+    """Parse Dynamo's message of a graph break into its place and reason.
+
+    The message has the form "Graph break in user code at FILE:LINE", "Graph Break Reason: ...", and
+    further paragraphs.
+    """
     first, _, rest = text.partition("\n")
     reason = (
         rest.partition("Hint:")[0]
@@ -109,17 +114,18 @@ def _break(text: str) -> Break:
 
 
 class Ops(TorchDispatchMode):
-    """The collectives and host syncs of this thread, and of the backward passes that it starts, in their order.
+    """The collectives and host syncs of this thread and of the backward passes that it starts, in order.
 
-    On a machine with an accelerator a sync is a read from it; on one without, what would be one if the tensors were on a device.
-    An op of moecomm counts as one sync where it is the one whose job that is, and what it does to read is none of its own.
+    With an accelerator, a sync is a read from it. Without one, a sync is a read that would be one
+    if the tensors were on a device. `plan_sizes` and `read_sizes` count as one sync each. Reads
+    inside an op of moecomm do not count.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.syncs: list[Sync] = []
         self.collectives: list[Collective] = []
-        self.within = False  # an op of moecomm
+        self.within = False  # whether an op of moecomm is running
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -147,7 +153,7 @@ class Ops(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """The reads that are no op on a machine without an accelerator, in eager mode."""
+    """Counts the reads that call no op on a machine without an accelerator, in eager mode."""
 
     def __init__(self, ops: Ops) -> None:
         super().__init__()
@@ -177,7 +183,7 @@ def _reads(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _received(op: Any, args: Any, result: Any) -> int:
-    """The bytes of what a collective writes into or, where it writes into nothing, returns."""
+    """The bytes that a collective writes into its arguments or, if it writes into none, the bytes that it returns."""
     written = [arg for arg, of in zip(args, op._schema.arguments, strict=False) if of.alias_info is not None and of.alias_info.is_write]
     return sum(leaf.nbytes for leaf in tree_leaves(written or result) if isinstance(leaf, Tensor))
 
@@ -187,7 +193,7 @@ def _phase() -> str:
 
 
 def _place() -> str:
-    """The innermost line that is neither torch's nor moecomm's nor Python's own; in a backward pass, who started it."""
+    """The innermost line that is not in torch, moecomm or Python itself; in a backward pass, the line that started it."""
     for frame, line in traceback.walk_stack(None):
         file = frame.f_code.co_filename
         own = file.startswith(PYTHON) and "site-packages" not in file
@@ -198,7 +204,10 @@ def _place() -> str:
 
 @contextmanager
 def saving(given: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """The storages that are kept for the backward pass meanwhile, and their bytes; without those of ``given`` and of leaves."""
+    """The storages that are kept for the backward pass inside the block, by address, with their bytes.
+
+    Storages of ``given`` and of leaves that require a gradient do not count.
+    """
     kept: dict[int, int] = {}
     own = {part.untyped_storage().data_ptr() for tensor in given for part in _parts(tensor)}
 
@@ -217,7 +226,7 @@ def saving(given: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor is made of."""
+    """The plain tensors that a tensor consists of."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -225,7 +234,10 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], eager: bool) -> Run:
-    """One forward pass of ``function`` and, where its result needs gradients, one backward pass; all .grad are left as they were."""
+    """Run one forward pass of ``function`` and, if its result needs gradients, one backward pass.
+
+    All ``.grad`` are restored afterwards.
+    """
     parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + parameters
     ops = Ops()
@@ -243,7 +255,7 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], eager: boo
 
 
 def _leaves(roots: list[Tensor]) -> set[Tensor]:
-    """The tensors that a backward pass from ``roots`` adds gradients to."""
+    """The tensors to which a backward pass from ``roots`` adds gradients."""
     nodes, seen, leaves = [root.grad_fn for root in roots], set(), set()
     while nodes:
         node = nodes.pop()

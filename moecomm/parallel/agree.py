@@ -1,4 +1,4 @@
-"""What the ranks of a group must have passed alike, compared by checksums before anything else is sent: tensors, placements, calls."""
+"""Checks that all ranks of a group passed the same tensors, placements or calls: they compare checksums before they send anything else."""
 
 from __future__ import annotations
 
@@ -24,12 +24,20 @@ Result = TypeVar("Result")
 
 
 def exchange_messages(sent: Tensor, group: Group, what: str, few: Tensor | None = None) -> Tensor:
-    """The message of each rank for this one, [P, LENGTH], in a group of one [1, WIDTH]; an error says that ``what`` was waited for."""
+    """Exchange one small message with each rank: [P, LENGTH], where row p is the message of rank p.
+
+    In a group of one it returns ``sent`` [1, WIDTH]. If the exchange fails, the error says that the
+    rank waited for ``what``.
+    """
     return sent if group.size == 1 else wait(messages_exchange(sent, few, what, group.name))
 
 
 def checksums(function: str, passed: object, device: torch.device, group: Group) -> list[int]:
-    """Of what each rank passed, by its repr: one small exchange, read by the host. Raises where a rank called another function."""
+    """The checksum of the repr of what each rank passed, one int per rank, on every rank.
+
+    Raises MoECommError, the same on every rank, if a rank called another function. Costs one small
+    exchange and one host synchronization.
+    """
     mine = [0] * SIGNATURE + [FUNCTIONS.index(function), zlib.crc32(repr(passed).encode())]
     sent = torch.tensor([mine + [0] * (WIDTH - len(mine))], device=device).repeat(group.size, 1)  # [P, WIDTH]
     messages = read_list(exchange_messages(sent, group, f"what the ranks passed to {function}")[:, :WIDTH])
@@ -38,10 +46,15 @@ def checksums(function: str, passed: object, device: torch.device, group: Group)
 
 
 def tell_refusal(function: str, passed: object, group: Group) -> None:
-    """Send the others, in place of the message of ``function`` that they wait for, that this rank refuses its arguments: they raise, too.
+    """Tell the other ranks that this rank refuses its arguments, so that they raise too.
 
-    It is not waited for: this rank's own error comes at once, wherever the others are. Torch keeps the message until they have it. It goes
-    from the first device of the tensors in ``passed`` that the group sends from; where there is none, nothing is sent.
+    The message takes the place of the message of ``function`` that the others wait for. This rank
+    does not wait for the others: it raises its own error at once. Torch keeps the message until the
+    others have received it.
+
+    The message is sent from a device of the tensors in ``passed``: the first from which the group
+    can send. If there is no such device, nothing is sent. In a group of one and in traced code,
+    nothing is sent either.
     """
     if group.size == 1 or traced():
         return
@@ -51,17 +64,17 @@ def tell_refusal(function: str, passed: object, group: Group) -> None:
             messages[:, SIGNATURE] = FUNCTIONS.index(function) + len(FUNCTIONS)
             send_without_waiting(messages, group.name)
             return
-        except RuntimeError:  # not a device of this group's, or a group that is broken: what counts is the rank's own error
+        except RuntimeError:  # the group cannot send from this device, or is broken; the caller raises this rank's own error
             continue
 
 
 def _gathered(passed: object, group: Group) -> list[Any]:
-    with temporarily_clear_interpreter_stack():  # of torch.func, in whose transforms torch cannot read what it gathered (2.13)
+    with temporarily_clear_interpreter_stack():  # inside a torch.func transform, torch 2.13 cannot read what it gathered
         return gather_objects(passed, group.size, group.name)
 
 
 def check_same_kind(function: str, tensors: Sequence[Tensor], group: Group) -> None:
-    """Raise, alike on every rank, where the ranks' tensors differ in number, dtype or shape."""
+    """Raise the same error on every rank if the ranks' tensors differ in number, dtype or shape."""
     mine = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors]
     if len(set(checksums(function, mine, tensors[0].device, group))) > 1:
         ranks = _gathered(mine, group)
@@ -71,7 +84,7 @@ def check_same_kind(function: str, tensors: Sequence[Tensor], group: Group) -> N
 
 
 def check_same_placement(function: str, rows: list[list[int]], device: torch.device, group: Group) -> None:
-    """Raise, alike on every rank, where the ranks' placements differ."""
+    """Raise the same error on every rank if the ranks' placements differ."""
     every = checksums(function, rows, device, group)
     if len(set(every)) > 1:
         passed = ", ".join(f"of checksum {value:08x} on rank {rank}" for rank, value in enumerate(every))
@@ -79,7 +92,11 @@ def check_same_placement(function: str, rows: list[list[int]], device: torch.dev
 
 
 def ticket(device: torch.device, group: Group) -> int:
-    """A number that all ranks have alike and, but for chance, no other plan has: one small exchange, read by the host."""
+    """A number for one plan: the same on all ranks, and different for each plan except by chance.
+
+    Costs one small exchange and one host synchronization. In a group of one and in traced code it
+    is 0 and costs nothing.
+    """
     if group.size == 1 or traced():
         return 0
     return zlib.crc32(repr(checksums("plan", time.time_ns(), device, group)).encode()) or 1
@@ -88,9 +105,14 @@ def ticket(device: torch.device, group: Group) -> int:
 def check_same_call(
     function: str, ticket: int, passed: dict[str, object], check: Callable[[], Result], device: torch.device, group: Group
 ) -> Result:
-    """What ``check`` makes of what this rank passed, where the others found theirs right, and passed the same for the plan of ``ticket``.
+    """Return ``check()`` if it succeeds on every rank and all ranks passed the same for the plan of ``ticket``.
 
-    An error of one rank's own ``check`` alone would let the exchanges of the others wait for it; here it is raised on every rank.
+    Otherwise every rank raises. If only the rank whose ``check`` fails raised, the others would
+    wait for it in their exchanges.
+
+    Raises:
+        MoECommError: the ranks differ, or ``check`` fails on some of them only.
+        NotImplementedError, TypeError, ValueError: ``check`` raises the same error on every rank.
     """
     error = result = None
     try:
@@ -105,4 +127,4 @@ def check_same_call(
         raise MoECommError(f"{what} was {theirs} of the group; {function} must be called alike on every rank") from error
     if error is not None:
         raise error
-    return result  # type: ignore[return-value] # where there is no error, there is a result
+    return result  # type: ignore[return-value] # without an error there is a result

@@ -1,30 +1,41 @@
-"""DTensors in, DTensors out: which placements a routed tensor may have, its local shard, and the way back.
+"""DTensors in and DTensors out: the allowed placements of routed tensors, their local shards, and the way back to a DTensor.
 
-Tokens are routed by the ranks that hold them: what goes in is the local shard, and nothing is gathered or reduced to change a placement.
-A placement that would need that is an error which says what to do instead. On each dim of the tensor's mesh:
+The ranks that hold the tokens route them. The functions take the local shard; they gather or reduce
+nothing to change a placement. A placement that would need this raises an error that says what to do
+instead. On each dim of the tensor's mesh:
 
-=================  ============================  ============================================  =======================================
-placement          logits, experts, weights      x of `dispatch`, as the plan's ``like``       the y of `combine`
-=================  ============================  ============================================  =======================================
-``Shard(0)``       each rank has its own tokens  the same                                      ``Shard(0)``
-``Replicate()``    the ranks route alike; not    the ranks send alike, and have the same rows  ``Replicate()``
-                   where the plan's group spans
-``Shard(d > 0)``   error: E or K is in parts     each rank's slice of the rows, [N, D / tp];   ``Shard(d)``
-                                                 not where the plan's group spans
-``Partial()``      error                         error                                         never
-=================  ============================  ============================================  =======================================
+=================  ==============================  ============================================  ================
+placement          logits, experts, weights        x of `dispatch`, which is ``like`` of `plan`  y of `combine`
+=================  ==============================  ============================================  ================
+``Shard(0)``       each rank has its own tokens    each rank has its own tokens                  ``Shard(0)``
+``Replicate()``    all ranks route the same        all ranks send the same and get the same      ``Replicate()``
+                   tokens                          rows
+``Shard(d > 0)``   error: E or K is sharded        each rank has its slice of the rows,          ``Shard(d)``
+                                                   [N, D / tp]
+``Partial()``      error                           error                                         never
+=================  ==============================  ============================================  ================
 
-A group spans a mesh dim if two of its ranks differ along it: the experts are then spread over these ranks, or their tokens counted
-together, so that each must bring tokens of its own. From `dispatch` to `combine` the rows are a plain tensor: how many each rank has is
-its own affair, which no DTensor can say (and one with a dynamic size has no backward under torch.compile, torch 2.13). How y is placed
-stands in the plan's ``layout``, a DTensor without elements, so that the plan stays a pytree of tensors, ints and a name, and the graph
-needs to know no mesh but from a tensor. A loss is Replicate on the mesh dims along which all ranks have the same one; on others each has
-its addend of the mean, which is Partial, as DTensor's own means are.
+A group spans a mesh dim if two of its ranks differ along it. The experts are then spread over these
+ranks, or their tokens are counted together. So each rank must bring its own tokens: on a mesh dim
+that the plan's group spans, only ``Shard(0)`` is allowed.
 
-Under torch.compile two things of torch 2.13 are to know, which hold for DTensor's own ops as well. A graph whose sizes are static is
-used again where the whole size has changed and the local one has not: 12 tokens on 2 ranks after 11 give the first rank a y of 11. Where
-the whole T changes from call to call, compile with ``dynamic=True``. And DTensor's own ops do not compile on a mesh that equals an
-earlier one of the process: make each mesh once.
+From `dispatch` to `combine` the rows are a plain tensor. Each rank has its own number of rows,
+which a DTensor cannot express. A DTensor with a dynamic size also has no backward under
+torch.compile (torch 2.13).
+
+The plan's ``layout`` records how y is placed. It is a DTensor without elements, so that the plan
+stays a pytree of tensors, ints and a name. The graph then gets each mesh from a tensor.
+
+A loss is Replicate on the mesh dims along which all ranks have the same loss. On other dims it is
+Partial, as DTensor's own means are: each rank has its addend of the mean.
+
+Two limits of torch 2.13 under torch.compile hold here, and for DTensor's own ops as well:
+
+- A graph with static sizes is used again when the whole size has changed but the local size has
+  not. For example, 12 tokens on 2 ranks after 11 give the first rank a y of 11. If the whole T
+  changes from call to call, compile with ``dynamic=True``.
+- DTensor's own ops do not compile on a mesh that equals an earlier mesh of the process. Make each
+  mesh once.
 """
 
 from __future__ import annotations
@@ -47,12 +58,15 @@ from moecomm.parallel.group import Group
 
 
 def to_local(x: Tensor) -> Tensor:
-    """The local shard of a DTensor, whose gradient is the shard of its gradient; any other tensor as it is."""
+    """The local shard of a DTensor; any other tensor unchanged.
+
+    Backward: the gradient of the shard is the local shard of the DTensor's gradient.
+    """
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def check_whole(argument: str, x: DTensor) -> None:
-    """Raise if ``x`` is not whole in all dims but the tokens'."""
+    """Raise ValueError if ``x`` is Partial, or sharded along a dim other than the tokens'."""
     whole = "slots" if argument in ("experts", "weights") else "E"
     for i, placement in enumerate(x.placements):
         if not (placement.is_replicate() or _dim(placement) == 0):
@@ -62,9 +76,10 @@ def check_whole(argument: str, x: DTensor) -> None:
 
 
 def routed_like(named: Mapping[str, Tensor | None], group: Group) -> DTensor | None:
-    """The last DTensor of these arguments, which are of the same tokens; None where there is none.
+    """The last DTensor among these arguments, or None. All of them hold the same tokens.
 
-    Raises ValueError where one has a placement that cannot be routed, or two of them do not hold the same tokens.
+    Raises ValueError if a placement cannot be routed, or if two DTensors do not hold the same
+    tokens.
     """
     given = {name: x for name, x in named.items() if isinstance(x, DTensor)}
     for name, x in given.items():
@@ -80,9 +95,13 @@ def routed_like(named: Mapping[str, Tensor | None], group: Group) -> DTensor | N
 
 
 def make_layout(experts: Tensor, weights: Tensor, like: Sequence[Tensor], group: Group) -> Tensor | None:
-    """How a plan's y will be placed, as a DTensor [T of all ranks, 0, ...]: as the first of ``like``; None where none is a DTensor.
+    """The layout of a plan: how its y will be placed, as a DTensor [T of all ranks, 0, ...]; None without a DTensor.
 
-    Raises ValueError where one has a placement that cannot be routed, or two of them do not hold the same tokens.
+    It is placed as the first DTensor of ``like``. If ``like`` has none, it is placed as
+    ``weights``, or else as ``experts``.
+
+    Raises ValueError if a placement cannot be routed, or if two DTensors do not hold the same
+    tokens.
     """
     named = {f"like's leaf {i}" if i else "like": leaf for i, leaf in enumerate(like)}
     last = routed_like({"experts": experts, "weights": weights, **dict(reversed(named.items()))}, group)
@@ -94,7 +113,11 @@ def make_layout(experts: Tensor, weights: Tensor, like: Sequence[Tensor], group:
 
 
 def shard_of(argument: str, x: Tensor, layout: Tensor | None) -> Tensor:
-    """The local shard of ``x``, which is placed as ``layout``; a plain tensor is one already."""
+    """The local shard of ``x``; a plain ``x`` unchanged.
+
+    Raises ValueError if ``x`` is a DTensor that is not placed as ``layout``, or if ``layout`` is no
+    DTensor.
+    """
     if not isinstance(x, DTensor):
         return x
     if not isinstance(layout, DTensor):
@@ -106,7 +129,7 @@ def shard_of(argument: str, x: Tensor, layout: Tensor | None) -> Tensor:
 
 
 def check_rows(argument: str, rows: Tensor, layout: Tensor | None) -> None:
-    """Raise where ``rows`` is a DTensor, or has not all the dims that are in slices."""
+    """Raise ValueError if ``rows`` is a DTensor, or if it lacks a dim that ``layout`` shards."""
     if isinstance(rows, DTensor):
         wrong_value(argument, _described(rows), "a plain tensor, this rank's rows, as dispatch gives them")
     if not isinstance(layout, DTensor):
@@ -120,20 +143,22 @@ def check_rows(argument: str, rows: Tensor, layout: Tensor | None) -> None:
 
 
 def placed(y: Tensor, like: Tensor | None) -> Tensor:
-    """``y`` [T, ...] of this rank as a DTensor of the tokens, and with the placements, of ``like``; a plain tensor where that is none."""
+    """This rank's ``y`` [T, ...] as a DTensor with the tokens and placements of ``like``; unchanged if ``like`` is no DTensor."""
     if not isinstance(like, DTensor):
         return y
     shape = [like.shape[0], *y.shape[1:]]
     for i, placement in enumerate(like.placements):
-        if dim := _dim(placement):  # neither None nor that of the tokens
+        if dim := _dim(placement):  # sharded, but not along the tokens
             shape[dim] = shape[dim] * like.device_mesh.size(i)
     return _as_dtensor(y, like.device_mesh, like.placements, shape)
 
 
 def alike_over(x: DTensor, group: Group) -> tuple[bool, list[bool]]:
-    """Whether the group is all ranks of the mesh of ``x`` along some dims; and of each dim whether its ranks have the group's result alike.
+    """Whether the group covers mesh dims of ``x``, and for each mesh dim whether its ranks have the same result of the group.
 
-    The group spans no dim on which ``x`` is Replicate: on these, each group has a like one beside it.
+    A group covers mesh dims of ``x`` if its ranks are all ranks of the mesh along these dims. It
+    spans no dim on which ``x`` is Replicate: along such a dim, the groups beside it have the same
+    tokens.
     """
     mesh = x.device_mesh
     covered = _covered(mesh, group.name) if group.size > 1 else [False] * mesh.ndim
@@ -142,7 +167,7 @@ def alike_over(x: DTensor, group: Group) -> tuple[bool, list[bool]]:
 
 
 def check_replicated(argument: str, x: DTensor, tokens: DTensor | None, group: Group) -> None:
-    """Raise unless ``x`` is the same on all ranks of its mesh, and what the group makes of ``tokens`` on all ranks of theirs."""
+    """Raise ValueError unless ``x``, and the group's result for ``tokens``, are the same on all ranks of their meshes."""
     for i, placement in enumerate(x.placements):
         if not placement.is_replicate():
             _wrong_placement(argument, placement, i, "Replicate() there")
@@ -151,24 +176,28 @@ def check_replicated(argument: str, x: DTensor, tokens: DTensor | None, group: G
 
 
 def placed_mean(mine: Tensor, mesh: DeviceMesh, alike: Sequence[bool]) -> DTensor:
-    """The mean of what the ranks have: Replicate on the dims where they have the same, on others the addends of the sum, Partial."""
+    """The mean of the ranks' values ``mine``, as a DTensor.
+
+    It is Replicate on mesh dims along which the ranks have the same value. On other dims it is
+    Partial: each rank has its addend of the sum.
+    """
     ranks = math.prod([mesh.size(i) for i, same in enumerate(alike) if not same])
     return DTensor.from_local(mine / ranks, mesh, [Replicate() if same else Partial() for same in alike], run_check=False)
 
 
 def token_groups(x: DTensor) -> list[Group]:
-    """The groups whose ranks hold different tokens."""
+    """The groups whose ranks hold different tokens of ``x``, one per mesh dim."""
     mesh = x.device_mesh
     split = [i for i, placement in enumerate(x.placements) if _dim(placement) == 0 and mesh.size(i) > 1]
     return [Group(mesh.get_group(i).group_name, mesh.size(i)) for i in split]
 
 
 def hidden_groups(layout: Tensor | None) -> list[Group]:
-    """The groups whose ranks hold slices of the same rows."""
+    """The groups whose ranks hold slices of the same rows, one per mesh dim."""
     if not isinstance(layout, DTensor):
         return []
     mesh = layout.device_mesh
-    split = [i for i, placement in enumerate(layout.placements) if _dim(placement)]  # neither None nor that of the tokens
+    split = [i for i, placement in enumerate(layout.placements) if _dim(placement)]  # sharded, but not along the tokens
     return [Group(mesh.get_group(i).group_name, mesh.size(i)) for i in split]
 
 
@@ -181,12 +210,12 @@ def same_tokens(x: DTensor, other: DTensor) -> bool:
 
 
 def _dim(placement: Placement) -> int | None:
-    """The dim that a placement shards; None where it shards none."""
+    """The dim that a placement shards, or None."""
     return placement.dim if isinstance(placement, Shard | _StridedShard) else None
 
 
 def _check_hidden(argument: str, x: DTensor) -> None:
-    """Raise if ``x`` is Partial somewhere, or in slices of different length."""
+    """Raise ValueError if ``x`` is Partial on a mesh dim, or if its slices differ in length."""
     for i, placement in enumerate(x.placements):
         dim = _dim(placement)
         if placement.is_replicate() or dim == 0:
@@ -201,7 +230,7 @@ def _check_hidden(argument: str, x: DTensor) -> None:
 
 
 def _check_spanned(argument: str, x: DTensor, group: Group) -> None:
-    """Raise unless the ranks of ``group`` hold different tokens."""
+    """Raise ValueError unless the ranks of ``group`` hold different tokens: Shard(0) on each mesh dim that it spans."""
     if group.size == 1:
         return
     for i, spanned in enumerate(_spanned(x.device_mesh, group.name)):
@@ -213,7 +242,7 @@ def _check_spanned(argument: str, x: DTensor, group: Group) -> None:
 
 @torch.compiler.assume_constant_result
 def _spanned(mesh: DeviceMesh, group: str) -> list[bool]:
-    """For each mesh dim, whether two ranks of the group differ along it. The same on all ranks, and a constant of the graph."""
+    """For each mesh dim, whether two ranks of the group differ along it. It is the same on all ranks, and a constant of the graph."""
     ranks = dist.get_process_group_ranks(process_group(group))
     places = [np.argwhere(mesh.mesh.numpy() == rank).flatten().tolist() for rank in ranks]
     return [len({place[i] for place in places if place}) > 1 for i in range(mesh.ndim)]
@@ -221,7 +250,10 @@ def _spanned(mesh: DeviceMesh, group: str) -> list[bool]:
 
 @torch.compiler.assume_constant_result
 def _covered(mesh: DeviceMesh, group: str) -> list[bool]:
-    """The mesh dims that the group spans, where its ranks are all those of the mesh along these dims; else none."""
+    """For each mesh dim, whether the group spans it.
+
+    All are False unless the group's ranks are all ranks of the mesh along the dims that it spans.
+    """
     ranks = dist.get_process_group_ranks(process_group(group))
     spanned = _spanned(mesh, group)
     line = math.prod(mesh.size(i) for i in range(mesh.ndim) if spanned[i])

@@ -1,4 +1,4 @@
-"""Whatever names a group of ranks -> its name and its size."""
+"""resolve_group: the name and size of a group, which the caller may give in any form that torch has for it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from moecomm.errors import wrong_type, wrong_value
 from moecomm.ops.base.process_group import process_group
 
 GroupLike: TypeAlias = dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, int] | str | None
-"""What every function of moecomm takes as ``group``: None is the default group, or this process alone where none is initialised."""
+"""What every function of moecomm takes as ``group``. None is the default group, or this process alone if no group is initialized."""
 
 
 class Group(NamedTuple):
-    """A group of ranks, as the ops take it: rank numbers are looked up where the op runs and never enter a graph."""
+    """A group of ranks, as the ops take it: its name and its size.
+
+    An op looks up rank numbers when it runs, so that they never enter a graph.
+    """
 
     name: str  # "" is this process alone
     size: int
@@ -28,7 +31,9 @@ ALONE = Group("", 1)
 def resolve_group(group: GroupLike) -> Group:
     """The name and size of ``group``.
 
-    Raises TypeError for what names no group, ValueError for a mesh of several dims, and for a group this rank is not in.
+    Raises:
+        TypeError: ``group`` does not name a group.
+        ValueError: ``group`` is a mesh of several dims, or a group that this rank is not in.
     """
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):  # Dynamo of torch 2.11 cannot compare dist.group.WORLD with None
@@ -53,7 +58,10 @@ def resolve_group(group: GroupLike) -> Group:
 
 @torch.compiler.assume_constant_result
 def _size_by_name(name: str) -> int:
-    """Traced as a constant: Dynamo cannot look into the registry of names, and a name's size does not change."""
+    """The size of the group of this name, traced as a constant.
+
+    Dynamo cannot look into the registry of names, and the size of a name does not change.
+    """
     try:
         return process_group(name).size()
     except RuntimeError:
@@ -65,10 +73,11 @@ def _named(group: dist.ProcessGroup) -> Group:
 
 
 def _along(mesh: DeviceMesh, dim: int) -> Group:
-    """This rank's group along a dim of a mesh.
+    """This rank's group along one dim of a mesh.
 
-    A graph holds its name, and torch names the groups along one dim differently. With torch's own switch for graphs that serve all ranks,
-    it is known by a name that they share.
+    A graph holds the group's name, and torch gives the groups along one dim different names. With
+    ``torch.distributed.config.compile_on_one_rank``, torch's own switch for graphs that serve all
+    ranks, these groups get a name that they share. The mesh must have named dims for that.
     """
     group = _named(mesh.get_group(dim))
     if mesh.mesh_dim_names is None or not torch.distributed.config.compile_on_one_rank:
@@ -78,16 +87,18 @@ def _along(mesh: DeviceMesh, dim: int) -> Group:
 
 @torch.compiler.assume_constant_result
 def _shared_name(name: str, dim: str) -> str:
-    """A second name of the group in torch's registry: its dim's, with a number where groups of several meshes have one dim's name.
+    """Register a second name of the group in torch's registry, and return it: the same name on all ranks along this dim.
 
-    Ranks that name their groups in one order have the same names. Those of groups that were destroyed are given anew.
+    It is the name of the dim with a number. The number tells groups apart whose meshes have a dim
+    of the same name. Ranks that name their groups in the same order get the same names. The names
+    of destroyed groups are used again.
     """
     group, number = process_group(name), 0
     while True:
         shared = f"{dim} of mesh {number}"
         try:
             known = process_group(shared)
-        except RuntimeError:  # nobody's, or that of a group that is no more
+        except RuntimeError:  # no group has this name, or its group was destroyed
             known = None
         if known is None or known not in dist.distributed_c10d._world.pg_map:
             torch._C._distributed_c10d._unregister_process_group(shared)  # type: ignore[arg-type]

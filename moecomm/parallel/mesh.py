@@ -1,4 +1,4 @@
-"""moe_mesh: two views of the same ranks, one for the dense part of a model and one for its experts."""
+"""moe_mesh: two device meshes of the same ranks, one for the dense part of a model and one for its experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPERT = ("pp", "edp", "ep", "etp")
 
 
 class MoEMesh(NamedTuple):
-    """The views of the same ranks that `moe_mesh` makes. ``print`` shows where each rank stands in ``dense`` and in ``expert``."""
+    """The device meshes that `moe_mesh` makes of the same ranks. ``print`` shows the place of each rank in ``dense`` and in ``expert``."""
 
     dense: DeviceMesh  # (pp, dp, cp, tp)
     expert: DeviceMesh  # (pp, edp, ep, etp)
@@ -27,36 +27,58 @@ class MoEMesh(NamedTuple):
 
 
 def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> MoEMesh:
-    """Views of all ranks: ``dense`` (pp, dp, cp, tp) for attention and norms, ``expert`` (pp, edp, ep, etp) for the experts.
+    """Make the device meshes of an MoE model over all ranks: one for its dense layers, one for its experts, one per pipeline stage.
 
-    In both, a pipeline stage is the same ranks, and the last dim is that of neighbouring ranks. The experts' view spreads the E experts
-    over ep and each expert's hidden dim over etp, and repeats both over edp = dp * cp * tp / (ep * etp): so ep can take ranks from dp,
-    from cp and from tp. ``stage`` is all ranks of a stage: a gate's gradients are synced over it, and its tokens are in balance over it.
+    ==========  ====================  =====================================================================================
+    mesh        dims                  use
+    ==========  ====================  =====================================================================================
+    ``dense``   (pp, dp, cp, tp)      attention and norms
+    ``expert``  (pp, edp, ep, etp)    the experts: E is spread over ep, each expert's hidden dim over etp, and both are
+                                      repeated over edp = dp * cp * tp / (ep * etp); ep can take ranks from dp, cp and tp
+    ``stage``   1-D                   all ranks of a pipeline stage: a gate's gradients are synced over it, and its tokens
+                                      are balanced over it
+    ==========  ====================  =====================================================================================
 
-    Each dim is a group for the functions of moecomm: ``mesh.expert["ep"]`` for `plan`, ``mesh.dense["tp"]`` for `slice_scatter`, and so
-    on. DTensor and FSDP2 take the dims of one view together. A dim of all ranks is the default group; no other process group is shared
-    by two views, even where they have the same ranks, for FSDP2 lets the parameters of a module know a group by one mesh only.
+    A pipeline stage has the same ranks in ``dense`` and in ``expert``. The last dim of each has
+    neighboring ranks.
+
+    Each dim is a group for the functions of moecomm: ``mesh.expert["ep"]`` for `plan`,
+    ``mesh.dense["tp"]`` for `slice_scatter`, and so on. DTensor and FSDP2 take the dims of one mesh
+    together.
 
     Args:
         device_type: as in `torch.distributed.device_mesh.init_device_mesh`.
         pp: pipeline stages.
-        dp: data-parallel ranks; None: what the world leaves, world / (pp * cp * tp).
+        dp: data-parallel ranks. None: the rest of the world, world / (pp * cp * tp).
         cp: context-parallel ranks.
         tp: tensor-parallel ranks of the dense part.
         ep: ranks that the experts are spread over.
         etp: ranks that each expert's hidden dim is spread over.
 
-    Every rank must call it: it makes process groups, in the default group's world. A world of one needs a default group too, since a
-    DeviceMesh does; the example makes one without any launcher.
+    Returns:
+        A `MoEMesh`.
 
-    Raises TypeError where a size is no int; ValueError where one is below 1, where they do not multiply to the world's size, where
-    ep * etp does not divide dp * cp * tp, and where there is no default group; before a group is made.
+    Raises, before a group is made:
+        TypeError: a size is not an int.
+        ValueError, in these cases:
+            - a size is below 1
+            - the sizes do not multiply to the world's size
+            - ep * etp does not divide dp * cp * tp
+            - there is no default group
 
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> print(moe_mesh("cpu"))
-    rank |  pp  dp  cp  tp |  pp edp  ep etp
-       0 |   0   0   0   0 |   0   0   0   0
-    >>> dist.destroy_process_group()
+    Example, which makes a default group without any launcher:
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> print(moe_mesh("cpu"))
+        rank |  pp  dp  cp  tp |  pp edp  ep etp
+           0 |   0   0   0   0 |   0   0   0   0
+        >>> dist.destroy_process_group()
+
+    Every rank must call this function, because it makes process groups in the default group's
+    world. A world of one rank needs a default group too, because a DeviceMesh does.
+
+    A dim of all ranks is the default group. The meshes share no other process group, even where
+    groups have the same ranks: FSDP2 requires that the parameters of a module know a group by one
+    mesh only.
     """
     for name, size in {"pp": pp, "dp": 1 if dp is None else dp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}.items():
         if not isinstance(size, int) or isinstance(size, bool):
@@ -83,7 +105,9 @@ def moe_mesh(device_type: str, *, pp: int = 1, dp: int | None = None, cp: int = 
 
 
 def layout(dense: tuple[int, ...], expert: tuple[int, ...]) -> str:
-    """A table, a line a rank: where it stands in a dense view (pp, dp, cp, tp) and in an expert view (pp, edp, ep, etp) of these sizes.
+    """A table of the ranks' places in a dense and an expert mesh of these sizes, one line per rank.
+
+    ``dense`` is (pp, dp, cp, tp), ``expert`` is (pp, edp, ep, etp).
 
     >>> print(layout(dense=(1, 2, 1, 2), expert=(1, 1, 4, 1)))
     rank |  pp  dp  cp  tp |  pp edp  ep etp
@@ -98,7 +122,7 @@ def layout(dense: tuple[int, ...], expert: tuple[int, ...]) -> str:
 
 
 def divisors(ranks: int) -> list[int]:
-    """The sizes that ``ranks`` ranks can be divided by.
+    """All divisors of ``ranks``, in ascending order.
 
     >>> divisors(12)
     [1, 2, 3, 4, 6, 12]
@@ -107,7 +131,7 @@ def divisors(ranks: int) -> list[int]:
 
 
 def _no_divisor(sizes: dict[str, int], ranks: int, whose: str) -> NoReturn:
-    """Raise for sizes whose product does not divide ``ranks``."""
+    """Raise ValueError for sizes whose product does not divide ``ranks``."""
     product = math.prod(sizes.values())
     was = f"{' * '.join(str(size) for size in sizes.values())} = {product}"
     wrong_value(" * ".join(sizes), was, f"a divisor of {whose}: {', '.join(str(size) for size in divisors(ranks))}")

@@ -1,4 +1,4 @@
-"""slice_scatter, slice_gather and slice_reduce: from a tensor that every rank has to the ranks' slices of it or of the sum, and back."""
+"""slice_scatter, slice_gather and slice_reduce: slice a tensor that all ranks have, gather the slices, or sum and slice."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from moecomm.parallel.group import Group, GroupLike, resolve_group
 
 
 def slice_scatter(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
-    """This rank's slice along ``dim`` of an ``x`` that every rank of ``group`` has; sends nothing.
+    """Return this rank's slice along ``dim`` of a tensor ``x`` that every rank of ``group`` has. It sends nothing.
 
-    The slices are those of `torch.chunk`, and so of DTensor's ``Shard(dim)``: ``ceil(n / P)`` long, where ``n = x.shape[dim]`` and P is
-    the number of ranks; where P does not divide n, the last ranks' slices are shorter or empty.
+    The slices are those of `torch.chunk`, and so of DTensor's ``Shard(dim)``: ``ceil(n / P)`` long,
+    with ``n = x.shape[dim]`` and P ranks. If P does not divide n, the last ranks' slices are
+    shorter or empty.
 
     Args:
-        x: of any shape with a ``dim``, and of any dtype; the same on all ranks. A DTensor is Replicate on the group's mesh dim, and the
-            result is the DTensor with Shard(dim) there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: any shape with a ``dim``, any dtype, the same on all ranks. A DTensor is Replicate on the
+            group's mesh dim; the result is then the DTensor with Shard(dim) there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
         dim: the dimension to slice.
 
-    Returns a copy of the slice; ``x`` itself in a group of one. Under torch.compile its length along ``dim`` is a dynamic size where P
-    does not divide n.
+    Returns:
+        A copy of the slice. In a group of one it is ``x`` itself. Under torch.compile its length
+        along ``dim`` is a dynamic size if P does not divide n.
 
-    Backward: the all-gather of the slices' gradients, so that every rank has the whole gradient of ``x``.
+    Raises:
+        TypeError: ``x`` is not a tensor.
+        ValueError: ``x`` has no ``dim``, or is a DTensor that is not Replicate over the group.
 
-    Raises TypeError where ``x`` is no tensor, ValueError where it has no ``dim`` or is a DTensor that is not Replicate over the group.
+    Backward: the all-gather of the slices' gradients. Every rank gets the whole gradient of ``x``.
 
     >>> slice_scatter(torch.arange(3), None)  # a single process has all of it
     tensor([0, 1, 2])
@@ -46,29 +51,46 @@ def slice_scatter(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
 def slice_gather(
     x: Tensor, group: GroupLike, dim: int = 0, grad: Literal["slice", "reduce"] = "slice", size: int | None = None
 ) -> Tensor:  # fmt: skip
-    """The ranks' slices ``x``, one behind the other along ``dim``, on every rank of ``group``.
+    """Return the concatenation along ``dim`` of the ranks' slices ``x``, on every rank of ``group``.
 
-    ``slice_gather(slice_scatter(x, group, dim), group, dim, size=x.shape[dim])`` is ``x``, exactly, whatever its size. No rank asks
-    another for its slice's length: that would make the host wait.
+    ``slice_gather(slice_scatter(x, group, dim), group, dim, size=x.shape[dim])`` is exactly ``x``,
+    for any size.
 
     Args:
-        x: this rank's slice, of any dtype; of the same shape on all ranks but for ``dim``. A DTensor is Shard(dim) on the group's mesh
-            dim, and the result is the DTensor with Replicate there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: this rank's slice, any dtype; of the same shape on all ranks except along ``dim``. A
+            DTensor is Shard(dim) on the group's mesh dim; the result is then the DTensor with
+            Replicate there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
         dim: the dimension along which ``x`` is a slice.
-        grad: what follows on the ranks. "slice": all of them go on alike, and have the same gradient of the result. "reduce": each does
-            something else with the result, and has its own part of the gradient. A DTensor's gradient says itself which it is.
-        size: the length of the result along ``dim``, where ``x`` is as `slice_scatter` makes it from that length. None: ``x`` is
-            equally long on all ranks; if it is not, that cannot be seen here, and the exchange fails or hangs.
+        grad: how the ranks use the result. "slice": all of them compute the same from it, and have
+            the same gradient. "reduce": each computes something else from it, and has its own part
+            of the gradient. A DTensor's gradient tells itself which of the two it is.
+        size: the length of the result along ``dim``, where ``x`` is the slice that `slice_scatter`
+            makes of this length. None: ``x`` is equally long on all ranks. This function cannot
+            check that: if the lengths differ, the exchange fails or hangs.
 
-    Backward: with "slice", this rank's slice of its gradient, and nothing is sent; with "reduce", that slice of the sum of all ranks'
-    gradients, added up in the order of the ranks, in float32 for lower precisions.
+    Returns:
+        The whole tensor. In a group of one it is ``x`` itself.
 
-    Raises TypeError where ``x`` is no tensor or ``size`` no int, ValueError where ``x`` has no ``dim``, ``grad`` is not one of the two,
-    ``x`` is not as long as this rank's slice of ``size``, or is a DTensor that is not Shard(dim) over the group.
+    Raises:
+        TypeError: ``x`` is not a tensor, or ``size`` not an int.
+        ValueError, in these cases:
+            - ``x`` has no ``dim``
+            - ``grad`` is not one of the two, or not "slice" for a DTensor
+            - ``x`` is not as long as this rank's slice of ``size``
+            - ``x`` is a DTensor that is not Shard(dim) over the group
+
+    Backward:
+        "slice": this rank's slice of its gradient. It sends nothing.
+        "reduce": this rank's slice of the sum of all ranks' gradients, added in rank order, in
+            float32 for lower precisions.
 
     >>> slice_gather(torch.arange(3), None, size=3)
     tensor([0, 1, 2])
+
+    The ranks do not ask each other for the lengths of their slices: that would be a host
+    synchronization.
     """
     dim = _check(x, dim)
     if grad not in ("slice", "reduce"):
@@ -87,27 +109,35 @@ def slice_gather(
 
 
 def slice_reduce(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
-    """This rank's slice along ``dim`` of the sum of the ranks' ``x``: `slice_scatter` of the sum, for half of what the whole sum costs.
+    """Return this rank's slice along ``dim`` of the sum of the ranks' ``x``, for half the cost of the whole sum.
 
-    ``slice_reduce(f(slice_gather(x, group, grad="reduce")), group)`` is a tensor-parallel layer of which ``f`` is this rank's part, between
-    slices of the tokens: arXiv 2205.05198.
+    It is `slice_scatter` of the sum.
+    ``slice_reduce(f(slice_gather(x, group, grad="reduce")), group)`` is a tensor-parallel layer
+    between slices of the tokens, where ``f`` is this rank's part of the layer: arXiv 2205.05198.
 
     Args:
-        x: of a floating dtype and any shape with a ``dim``, of the same shape on all ranks. A DTensor is Partial on the group's mesh dim,
-            and the result is the DTensor with Shard(dim) there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
-        dim: the dimension to slice, as `slice_scatter` does it.
+        x: any shape with a ``dim``, a floating dtype, the same shape on all ranks. A DTensor is
+            Partial on the group's mesh dim; the result is then the DTensor with Shard(dim) there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
+        dim: the dimension to slice, as in `slice_scatter`.
 
-    Returns the slice, added up in the order of the ranks in float32 (float64 for float64) and rounded once; ``x`` itself in a group of
-    one. One all-to-all. Under torch.compile its length along ``dim`` is a dynamic size where P does not divide that of ``x``.
+    Returns:
+        The slice, added in rank order in float32 (float64 for float64) and rounded once. In a group
+        of one it is ``x`` itself. Under torch.compile its length along ``dim`` is a dynamic size if
+        P does not divide that of ``x``.
 
-    Backward: the all-gather of the slices' gradients, so that every rank has the whole gradient of the sum.
+    Raises:
+        TypeError: ``x`` is not a tensor of a floating dtype.
+        ValueError: ``x`` has no ``dim``, or is a DTensor that is not Partial over the group.
 
-    Raises TypeError where ``x`` is no tensor of a floating dtype, ValueError where it has no ``dim`` or is a DTensor that is not Partial
-    over the group.
+    Backward: the all-gather of the slices' gradients. Every rank gets the whole gradient of the
+    sum.
 
     >>> slice_reduce(torch.ones(3), None)  # of a single process
     tensor([1., 1., 1.])
+
+    Costs one all-to-all.
     """
     dim = _check(x, dim)
     check_floating("x", x)
@@ -120,7 +150,7 @@ def slice_reduce(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
 
 
 def mesh_dim(x: DTensor, group: Group) -> int | None:
-    """The dim of ``x``'s mesh whose ranks are ``group``; None where there is none."""
+    """The dim of ``x``'s mesh whose ranks are ``group``, or None."""
     for i in range(x.device_mesh.ndim):
         if x.device_mesh.get_group(i).group_name == group.name:
             return i
@@ -128,7 +158,7 @@ def mesh_dim(x: DTensor, group: Group) -> int | None:
 
 
 def _check(x: Tensor, dim: int) -> int:
-    """``dim`` counted from the front."""
+    """Check the arguments, and return ``dim`` counted from the front."""
     check_tensor("x", x, "with a dimension to slice")
     if not isinstance(dim, int):
         wrong_type("dim", type(dim).__name__, "an int")
@@ -138,7 +168,7 @@ def _check(x: Tensor, dim: int) -> int:
 
 
 def _check_size(size: int | None, length: int | None) -> None:
-    """Raise unless ``size`` is None or a length, and this ``length`` where that is known."""
+    """Raise unless ``size`` is None or a valid length. If ``length`` is given, ``size`` must equal it."""
     if size is None:
         return
     if isinstance(size, Tensor | float | str):
@@ -150,7 +180,7 @@ def _check_size(size: int | None, length: int | None) -> None:
 
 
 def redistribute(x: DTensor, group: Group, before: Placement, after: Placement) -> Tensor:
-    """``x`` with ``after`` in place of ``before`` on the group's mesh dim."""
+    """``x`` with placement ``after`` instead of ``before`` on the group's mesh dim."""
     i = mesh_dim(x, group)
     if i is None:
         wrong_value("group", f"no dim of x's mesh {x.device_mesh}", "one of its dims, where x is a DTensor")

@@ -1,4 +1,4 @@
-"""sum_ranks and sum_gradient: into and out of a part of a model that the ranks of a group split among themselves."""
+"""sum_ranks and sum_gradient: the end and the beginning of a part of a model that the ranks of a group split."""
 
 from __future__ import annotations
 
@@ -12,23 +12,32 @@ from moecomm.parallel.slices import redistribute
 
 
 def sum_ranks(x: Tensor, group: GroupLike) -> Tensor:
-    """The sum of the ranks' ``x``, on every rank of ``group``: the end of a part that they split, such as tensor-parallel experts.
+    """Return the sum of the ranks' ``x`` on every rank of ``group``.
+
+    Use it at the end of a part that the ranks split, such as tensor-parallel experts.
 
     Args:
-        x: of any shape and a floating dtype, of the same shape on all ranks. A DTensor is Partial on the group's mesh dim, and the
-            result is the DTensor with Replicate there.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: any shape, a floating dtype, the same shape on all ranks. A DTensor is Partial on the
+            group's mesh dim; the result is then the DTensor with Replicate there.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
 
-    Returns a tensor like ``x``, the same bits on all ranks: added up in the order of the ranks in float32 (float64 for float64), rounded
-    once; ``x`` itself in a group of one. An all-to-all and an all-gather.
+    Returns:
+        A tensor like ``x``, with the same bits on all ranks: added in rank order in float32
+        (float64 for float64) and rounded once. In a group of one it is ``x`` itself.
 
-    Backward: the gradient as it is, and nothing is sent: all ranks go on alike from the sum, and have the same gradient of it. Where they
-    do not, it is ``slice_gather(slice_reduce(x, group), group, grad="reduce")``.
+    Raises:
+        TypeError: ``x`` is not a tensor of a floating dtype.
+        ValueError: ``x`` is a DTensor that is not Partial over the group.
 
-    Raises TypeError where ``x`` is no tensor of a floating dtype, ValueError where it is a DTensor that is not Partial over the group.
+    Backward: the unchanged gradient. It sends nothing, because all ranks compute the same from the
+    sum and have the same gradient of it. If they do not, use
+    ``slice_gather(slice_reduce(x, group), group, grad="reduce")``.
 
     >>> sum_ranks(torch.ones(2), None)  # of a single process
     tensor([1., 1.])
+
+    Costs an all-to-all and an all-gather.
     """
     check_tensor("x", x, "of any shape")
     check_floating("x", x)
@@ -39,20 +48,26 @@ def sum_ranks(x: Tensor, group: GroupLike) -> Tensor:
 
 
 def sum_gradient(x: Tensor, group: GroupLike) -> Tensor:
-    """``x``, whose gradient is the sum of the ranks': the beginning of a part that the ranks of ``group`` split among themselves.
+    """Return ``x`` unchanged; its gradient is the sum of the ranks' gradients.
 
-    Every rank has ``x``, computes another part of what follows from it, up to `sum_ranks` or `slice_reduce`, and so has a part of its
-    gradient. ``sum_ranks(f(sum_gradient(x, group)), group)`` is a tensor-parallel layer, of which ``f`` is this rank's part: arXiv
-    1909.08053.
+    Use it at the beginning of a part that the ranks of ``group`` split. Every rank has ``x`` and
+    computes another part of the result, up to `sum_ranks` or `slice_reduce`. So each rank has one
+    part of the gradient of ``x``. ``sum_ranks(f(sum_gradient(x, group)), group)`` is a
+    tensor-parallel layer, where ``f`` is this rank's part of the layer: arXiv 1909.08053.
 
     Args:
-        x: of any shape and a floating dtype, the same on all ranks. A DTensor comes back as it is: its gradient says itself whether it is
-            a sum.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        x: any shape, a floating dtype, the same on all ranks. A DTensor comes back unchanged: its
+            gradient tells itself whether it is a sum.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
 
-    Backward: the sum of the ranks' gradients, as `sum_ranks` makes it.
+    Returns:
+        ``x``.
 
-    Raises TypeError where ``x`` is no tensor of a floating dtype.
+    Raises:
+        TypeError: ``x`` is not a tensor of a floating dtype.
+
+    Backward: the sum of the ranks' gradients, as `sum_ranks` computes it.
 
     >>> sum_gradient(torch.ones(2), None)
     tensor([1., 1.])

@@ -1,4 +1,4 @@
-"""clip_grad_norm_: one gradient norm over parameters on any meshes, and gradients scaled down to it."""
+"""clip_grad_norm_: scale all gradients down to one norm, over parameters on any meshes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moecomm.ops.rows.rank_sum import rank_sum
 from moecomm.parallel.group import Group, GroupLike, resolve_group
 from moecomm.training.params import Params, check_device, chosen_groups, first_matches, local_part, named_groups, named_tensors
 
-EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+EPSILON = 1e-6  # the same as in torch.nn.utils.clip_grad_norm_
 
 
 def clip_grad_norm_(
@@ -28,37 +28,47 @@ def clip_grad_norm_(
     spread: Mapping[str | Tensor, GroupLike | list[GroupLike]] | None = None,
     replicas: Mapping[str | Tensor, tuple[Placement, GroupLike]] | None = None,
 ) -> Tensor:
-    """Scale all gradients, in place, so that the norm of all of them together, over all ranks, is at most ``max_norm``.
+    """Scale all gradients in place so that their norm, over all parameters and all ranks, is at most ``max_norm``. Return the norm.
 
-    Each element of each parameter counts once, wherever it is, and however many ranks have it: a DTensor says itself over which dims of
-    its mesh it is sharded, whatever the mesh; ``spread`` says it of tensors that are none.
+    Each element of each parameter counts once, however many ranks have it. A DTensor tells itself
+    over which dims of its mesh it is sharded, whatever the mesh. For other tensors ``spread`` tells
+    it.
 
     Args:
-        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device; of the same names on all ranks. One that
-            is there twice, or has no gradient, counts once, or not at all.
-        max_norm: at least 0; ``float("inf")`` scales nothing, where the norm alone is of interest.
-        spread: over which group, or list of groups, the ranks have different parts of a parameter, beside the dims of its mesh on which
-            it is sharded: a mapping from patterns of names (as in `fnmatch`), or from parameters, of which the first match counts.
-            ``{"*.experts.*": mesh["ep"], "*": ""}``: "" is the group of each process alone, and so no other rank has any part. With
-            stages of a pipeline: ``{"*.experts.*": [mesh["ep"], mesh["pp"]], "*": mesh["pp"]}``. None: a tensor that is no DTensor is
-            the same on all ranks.
-        replicas: of the experts' weights, [L, ...] each, where some experts are on several ranks: a mapping from such patterns or
-            parameters to what `sync_replica_grads_` took, the placement and its group: ``{"*.experts.*": (placement, mesh["ep"])}``. Of
-            an expert with c replicas each counts for 1 / c, so that they count once together. None, or no match: there are none.
+        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device; of the
+            same names on all ranks. A parameter that occurs twice counts once. A parameter without
+            a gradient does not count.
+        max_norm: at least 0. ``float("inf")`` scales nothing: use it to get the norm alone.
+        spread: the group, or list of groups, over which the ranks have different parts of a
+            parameter, in addition to the mesh dims on which it is sharded. A mapping from patterns
+            of names (as in `fnmatch`), or from parameters; the first match counts. Example:
+            ``{"*.experts.*": mesh["ep"], "*": ""}``, where "" is the group of each process alone,
+            so that no other rank has any part. With pipeline stages:
+            ``{"*.experts.*": [mesh["ep"], mesh["pp"]], "*": mesh["pp"]}``. None: a tensor that is
+            not a DTensor is the same on all ranks.
+        replicas: for experts that are on several ranks: a mapping from patterns or parameters, as
+            in ``spread``, to the placement and group that `sync_replica_grads_` took:
+            ``{"*.experts.*": (placement, mesh["ep"])}``. The parameters are the experts' weights,
+            [L, ...] each. Each of the c replicas of an expert counts for 1 / c, so that together
+            they count once. None, or no match: no replicas.
 
-    Returns the norm before scaling, the Euclidean one over all elements: float64, of no dims, on the gradients' device, and the same on
-    all ranks. Gradients are scaled by ``min(1, max_norm / (norm + 1e-6))``, as torch does.
+    Returns:
+        The norm before scaling: the Euclidean norm over all elements, float64, without dims, on the
+        gradients' device, the same on all ranks. Gradients are multiplied by
+        ``min(1, max_norm / (norm + 1e-6))``, as in torch.
 
-    Costs an all-gather of one number a kind of parameter for each group that is named: kinds are parameters spread over the same groups.
-    The host reads nothing. Norms of single gradients are made in float32 (float64 for float64), sums of squares in float64, over the
-    ranks in their order: the same bits, run after run.
+    Raises, before anything is sent:
+        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
+            ``max_norm`` is not a number.
+        ValueError, in these cases:
+            - ``max_norm`` is below 0
+            - the tensors are on several devices
+            - a gradient is a DTensor with a Partial placement
+            - a parameter has no match in ``spread``
+            - a key of ``spread`` or ``replicas`` is no parameter's first match
+            - a placement in ``replicas`` does not fit its group or its parameters' L
 
-    Backward: none; it is no part of any graph.
-
-    Raises TypeError where ``params`` holds anything but tensors, a gradient is sparse or ``max_norm`` no number; ValueError where
-    ``max_norm`` is below 0, the tensors are on several devices, a gradient is a DTensor with a Partial placement, in ``spread`` a
-    parameter has no match, in ``spread`` or ``replicas`` a key is no parameter's first match, or a placement in ``replicas`` is none of
-    its group's, or not of its parameters' L; before anything is sent.
+    Backward: none. This function is not part of any graph.
 
     >>> weight = torch.zeros(2, requires_grad=True)
     >>> weight.grad = torch.tensor([3.0, 4.0])
@@ -66,6 +76,13 @@ def clip_grad_norm_(
     tensor(5., dtype=torch.float64)
     >>> weight.grad
     tensor([0.6000, 0.8000])
+
+    Costs one all-gather for each group over which parameters are spread, of one number per kind of
+    parameter. A kind is the parameters that are spread over the same groups. There is no host
+    synchronization.
+
+    The norm of each gradient is computed in float32 (float64 for float64). Sums of squares are in
+    float64, and over the ranks in rank order: the same bits, run after run.
     """
     if not isinstance(max_norm, int | float):
         wrong_type("max_norm", type(max_norm).__name__, "a number")
@@ -79,7 +96,7 @@ def clip_grad_norm_(
     shares = _shares(named, replicas or {})
     callers = named_groups(spread or {}, several=True)
     order = _order([group for groups in (*own, *callers) for group in groups])
-    kinds: dict[frozenset[Group], list[tuple[Tensor, Tensor | None]]] = {}  # of the parameters that are spread over the same groups
+    kinds: dict[frozenset[Group], list[tuple[Tensor, Tensor | None]]] = {}  # per set of groups: the gradients that are spread over it
     for param, sharded, more, share in zip(tensors, own, beside, shares, strict=True):
         kind = frozenset(order[_ranks(group)] for group in (*sharded, *more) if group.size > 1)
         grads = kinds.setdefault(kind, [])
@@ -106,10 +123,11 @@ def _sharded_over(name: str, param: Tensor) -> list[Group]:
 
 
 def _order(groups: list[Group]) -> dict[tuple[int, ...], Group]:
-    """The groups by their ranks, each once, where it is named last: those that the caller named are behind those of DTensors.
+    """Each group once, under its ranks, at its last place in ``groups``: the groups that the caller named come after those of DTensors.
 
-    So stages of a pipeline, which may have different kinds of parameters, send each other one number for all of them together. By their
-    ranks, since a mesh that is made twice has two groups of the same ranks.
+    Pipeline stages may have different kinds of parameters. With this order they send each other one
+    number for all kinds together. The key is the ranks, because a mesh that is made twice has two
+    groups of the same ranks.
     """
     return dict(reversed(list({_ranks(group): group for group in reversed(groups) if group.size > 1}.items())))
 
@@ -119,7 +137,10 @@ def _ranks(group: Group) -> tuple[int, ...]:
 
 
 def _shares(named: Mapping[str, Tensor], replicas: Mapping[str | Tensor, tuple[Placement, GroupLike]]) -> list[Tensor | None]:
-    """For each parameter how much each of its local experts counts, [L], 1 / c where it has c replicas; None where each counts whole."""
+    """For each parameter, how much each of its local experts counts: [L], 1 / c for an expert with c replicas.
+
+    None if each expert of the parameter counts whole.
+    """
     placed = []
     for choice in replicas.values():
         if not isinstance(choice, tuple) or len(choice) != 2:
@@ -139,7 +160,7 @@ def _shares(named: Mapping[str, Tensor], replicas: Mapping[str | Tensor, tuple[P
 
 
 def _sum_of_squares(grads: list[tuple[Tensor, Tensor | None]], zero: Tensor) -> Tensor:
-    """Over the elements that are here, float64: the squares of float32 norms can pass what float32 holds."""
+    """The sum of squares over this rank's elements, in float64: the squares of float32 norms can exceed the range of float32."""
     total = zero
     for grad, share in grads:
         if share is not None:
@@ -154,7 +175,7 @@ def _sum_of_squares(grads: list[tuple[Tensor, Tensor | None]], zero: Tensor) -> 
 
 
 def _total(squares: dict[frozenset[Group], Tensor], order: list[Group], zero: Tensor) -> Tensor:
-    """The sum over all kinds and, for each, over the ranks of all of its groups: one group after another."""
+    """The sum over all kinds and, for each kind, over the ranks of all its groups, one group after another."""
     for group in order:
         over = [kind for kind in squares if group in kind]
         if not over:

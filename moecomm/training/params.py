@@ -1,4 +1,4 @@
-"""What the functions on a model's parameters share: which tensors are meant, by what name, and which group each of them belongs to."""
+"""Shared by the functions on a model's parameters: which tensors ``params`` holds, their names, and the group of each."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moecomm.ops.exchange.sync_params import by_dtype
 from moecomm.parallel.group import Group, resolve_group
 from moecomm.parallel.slices import mesh_dim
 
-BUCKET_BYTES = 25 * 2**20  # of one message: what DDP's default is
+BUCKET_BYTES = 25 * 2**20  # per message; the same as DDP's default
 
 Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 """What the in-place functions take: a module, a mapping such as ``dict(model.named_parameters())``, tensors, or one tensor."""
 
 
 def named_tensors(params: Params, buffers: bool = False) -> dict[str, Tensor]:
-    """The tensors that ``params`` stands for, each of them once; those without a name are "0", "1", ..."""
+    """The tensors of ``params`` by name, each of them once. Tensors without a name are "0", "1", ..."""
     named: Mapping[Any, Tensor]
     if isinstance(params, nn.Module):
         named = {**dict(params.named_parameters()), **(dict(params.named_buffers()) if buffers else {})}
@@ -40,15 +40,16 @@ def named_tensors(params: Params, buffers: bool = False) -> dict[str, Tensor]:
 
 
 def named_groups(groups: Mapping[Any, Any], several: bool = False) -> list[list[Group]]:
-    """The group of each key; with ``several`` a list of groups may stand in the place of a group."""
+    """The groups of each key. With ``several``, a value may also be a list of groups."""
     lists = [choice if several and isinstance(choice, list) else [choice] for choice in groups.values()]
     return [[resolve_group(group) for group in choice] for choice in lists]
 
 
 def chosen_groups(argument: str, named: Mapping[str, Tensor], groups: Mapping[Any, Any], several: bool = False) -> list[list[Group]]:
-    """For each tensor the groups of the first key that is the tensor itself, or a pattern that its name matches.
+    """For each tensor, the groups of its first matching key: the tensor itself, or a pattern that matches its name.
 
-    Patterns are those of `fnmatch`: "*" stands for any characters, dots too. Raises where a tensor has no match, or a key no tensor.
+    Patterns are those of `fnmatch`: "*" stands for any characters, also for dots. Raises ValueError
+    if a tensor has no match, or if a key is no tensor's first match.
     """
     resolved = named_groups(groups, several)
     chosen = []
@@ -61,7 +62,10 @@ def chosen_groups(argument: str, named: Mapping[str, Tensor], groups: Mapping[An
 
 
 def first_matches(argument: str, named: Mapping[str, Tensor], keys: Sequence[str | Tensor]) -> list[int | None]:
-    """For each tensor the first key that is it, or a pattern that its name matches, by its number. Raises where a key is none's."""
+    """For each tensor, the index of its first matching key: the tensor itself, or a pattern that matches its name; None without one.
+
+    Raises ValueError if a key is no tensor's first match.
+    """
     for key in keys:
         if not isinstance(key, str | Tensor):
             wrong_type(f"a key of {argument}", type(key).__name__, "a pattern of names, or a parameter")
@@ -86,20 +90,20 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """The local part of the gradient; zeros in its place where there is none."""
+    """The local part of the gradient; zeros if there is no gradient."""
     if param.grad is not None:
         return local_part(param.grad)
     return torch.zeros_like(local_part(param), dtype=param.grad_dtype or param.dtype)
 
 
 def check_dense_gradient(param: Tensor) -> None:
-    """Raise where a parameter's gradient is sparse."""
+    """Raise TypeError if a parameter's gradient is sparse."""
     if param.grad is not None and param.grad.layout != torch.strided:
         wrong_type("params", f"a tensor with a gradient of layout {param.grad.layout}", "tensors with dense gradients")
 
 
 def as_param(param: Tensor, local: Tensor) -> Tensor:
-    """``local`` as the DTensor that ``param`` is, if it is one."""
+    """``local`` as a DTensor like ``param``; unchanged if ``param`` is not a DTensor."""
     if not isinstance(param, DTensor):
         return local
     return DTensor.from_local(local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride())
@@ -112,15 +116,18 @@ def check_device(tensors: Sequence[Tensor]) -> None:
 
 
 def check_alike_over(tensor: Tensor, group: Group) -> None:
-    """Raise where the ranks of the group hold different shards of the tensor."""
-    if group.size == 1 or not isinstance(tensor, DTensor):  # one rank has no other shard, and may be the group of several mesh dims
+    """Raise ValueError if the ranks of the group hold different shards of the tensor."""
+    if group.size == 1 or not isinstance(tensor, DTensor):  # a group of one rank holds one shard, and may be the group of several mesh dims
         return
     if (i := mesh_dim(tensor, group)) is not None and not tensor.placements[i].is_replicate():
         wrong_value("params", f"a DTensor with {tensor.placements[i]!r} on the group's mesh dim {i}", "one with Replicate() there")
 
 
 def in_buckets(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
-    """The indices of tensors of one dtype that go into one message of at most ``most`` bytes, or of one tensor."""
+    """The indices of the tensors of each message: tensors of one dtype, of at most ``most`` bytes together.
+
+    A tensor of more bytes has a message of its own.
+    """
     buckets: list[list[int]] = []
     for indices in by_dtype(tensors):
         room = -1
@@ -134,5 +141,5 @@ def in_buckets(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
 
 
 def copy_(tensors: list[Tensor], pieces: Sequence[Tensor]) -> None:
-    """Overwrite the tensors with flat pieces of as many elements."""
+    """Overwrite each tensor with a flat piece of as many elements."""
     torch._foreach_copy_(tensors, [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)])

@@ -1,4 +1,4 @@
-"""sync_replicas_ and sync_replica_grads_: the replicas of an expert stay alike."""
+"""sync_replicas_ and sync_replica_grads_: keep the replicas of an expert equal."""
 
 from __future__ import annotations
 
@@ -20,24 +20,30 @@ from moecomm.training.params import Params, as_param, check_dense_gradient, chec
 
 
 def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None) -> None:
-    """Overwrite the weights of each replica with those of its expert's first rank, once, after initialisation.
+    """Overwrite the weights of each replica with those on the first rank of its expert, in place: once, after initialization.
 
     Args:
-        params: the experts' weights, [L, ...] each, of any dtypes, alike on all ranks: an ``nn.Module``, all of whose parameters are
-            meant, a mapping from names to tensors, or tensors. Row l is local expert l of ``placement``. Of a DTensor the local shard is
-            meant.
-        placement: what `plan` takes: [P, L], the experts of each rank.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group: that of `plan`.
+        params: the experts' weights, [L, ...] each, of any dtypes, the same shapes and dtypes on
+            all ranks. An ``nn.Module`` (all its parameters), a mapping from names to tensors, or
+            tensors. Row l is local expert l of ``placement``. For a DTensor, its local shard is
+            synced.
+        placement: as `plan` takes it: [P, L], the experts of each rank.
+        group: that of `plan`. A ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or
+            None for the default group.
 
-    Costs two small exchanges, read by the host, and one exchange a dtype, of what all other ranks with the same experts hold.
+    Raises:
+        TypeError, ValueError: an argument is wrong on this rank; raised before a weight is sent.
+        MoECommError: the ranks differ in their placements, or in the number, shape or dtype of
+            their weights. It is the same on every rank. If one rank raises its own error and has a
+            tensor on a device of the group, all other ranks raise a MoECommError, too.
 
-    Backward: none; it is no part of any graph.
-
-    Raises TypeError or ValueError for an argument that is wrong on this rank, before a weight is sent; `MoECommError`, alike on every
-    rank, where the ranks' placements differ, or their weights in number, shape or dtype, and on all others where one raises its own error
-    and has a tensor on a device of the group.
+    Backward: none. This function is not part of any graph.
 
     >>> sync_replicas_(torch.ones(2, 3), placement=[[1, 0]])  # a single process has no replicas
+
+    Costs two small exchanges that the host reads, and one exchange per dtype. In the latter a rank
+    receives, for each of its replicated experts, the weights of all other ranks that hold the
+    expert.
     """
     ranks = resolve_group(group)
     tensors: list[Tensor] = []
@@ -60,31 +66,39 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
 
 
 def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike = None) -> None:
-    """Replace the ``.grad`` of each replica by the sum over all replicas of its expert, between ``backward()`` and the optimizer's step.
+    """Replace the ``.grad`` of each replica by the sum over all replicas of its expert, in place.
 
-    The replicas of an expert serve different tokens: the sum is the expert's gradient, and an optimizer that works element by element
-    keeps replicas alike that were. To `clip_grad_norm_` between the two, name the placement as well: it then counts an expert once.
+    Call it between ``backward()`` and the optimizer's step. The replicas of an expert serve
+    different tokens, so the sum is the expert's gradient. Replicas that were equal stay equal under
+    an optimizer that works element by element. If `clip_grad_norm_` runs between the two, give it
+    the placement as well: it then counts each expert once.
 
     Args:
-        params: the experts' weights, as for `sync_replicas_`. Those that require no gradient are left alone. One without a gradient
-            counts as zeros, and gets a gradient where a rank that shares experts with this one has one.
-        placement: what `plan` takes: [P, L], the experts of each rank.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group: that of `plan`.
+        params: the experts' weights, as for `sync_replicas_`. Parameters that require no gradient
+            stay unchanged. A parameter without a gradient counts as zeros. It gets a gradient if a
+            rank that shares experts with this rank has one.
+        placement: as `plan` takes it: [P, L], the experts of each rank.
+        group: that of `plan`. A ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or
+            None for the default group.
 
-    The gradients are added up in the order of the ranks in float32 (float64 for float64), and rounded once: the same bits on all
-    replicas, run after run. Experts that are on one rank keep their gradients, and nothing of them is sent or copied.
+    Raises:
+        TypeError, ValueError: an argument is wrong on this rank; raised before anything is sent.
+            This function does not compare the ranks' placements or weights: `plan` and
+            `sync_replicas_` do.
 
-    Costs one exchange a dtype, all of them started before the first is waited for: the gradient of an expert with c replicas is sent
-    c - 1 times from each. The host reads from the device only on a rank that lacks a gradient.
-
-    Backward: none; it is no part of any graph.
-
-    Raises TypeError or ValueError for an argument that is wrong on this rank, before anything is sent. That ranks differ in their
-    placements or weights is not looked at here: `plan` and `sync_replicas_` do.
+    Backward: none. This function is not part of any graph.
 
     >>> weight = torch.ones(2, 3, requires_grad=True)
     >>> weight.sum().backward()
     >>> sync_replica_grads_(weight, placement=[[1, 0]])  # a single process has no replicas
+
+    Costs one exchange per dtype. All of them start before the first wait. Each replica of an expert
+    with c replicas sends its gradient c - 1 times. There is a host synchronization only on a rank
+    that lacks a gradient. Experts that are on one rank keep their gradients, which are not sent or
+    copied.
+
+    The gradients are added in rank order in float32 (float64 for float64) and rounded once: the
+    same bits on all replicas, run after run.
     """
     ranks = resolve_group(group)
     tensors = [param for param in named_tensors(params).values() if param.requires_grad]
@@ -97,7 +111,7 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
         return
     with torch.no_grad():
         grads = [local_gradient(param) for param in tensors]
-        # [L, 1], beside each gradient: whether there is one. Where a replica on another rank has one, the sum is not 0.
+        # [L, 1] beside each gradient: 1 if this rank has the gradient. Their sum is not 0 if any replica has one.
         flags = [grad.new_full((grad.shape[0], 1), param.grad is not None) for param, grad in zip(tensors, grads, strict=True)]
         buckets = [[tensor for i in bucket for tensor in (grads[i], flags[i])] for bucket in by_dtype(grads)]
         _exchange(buckets, rows, ranks, lambda parts: rank_sum(parts.flatten(1), 1, False).view(parts.shape[1:]))
@@ -107,17 +121,20 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
 
 
 class Replicas(NamedTuple):
-    """What a rank exchanges with the others that hold some of its experts."""
+    """What a rank exchanges with the other ranks that hold some of its experts."""
 
-    slots: list[int]  # the local experts that are elsewhere as well
-    send: list[int]  # which of ``slots``, for rank 0, for rank 1, ...
-    splits: list[int]  # [P]: how many to each rank, and as many from it
-    alike: list[tuple[list[int], list[list[int]]]]  # for each number of replicas c: the n of ``slots`` that have so many, and [c, n], in
-    # the order of the ranks, where their replicas are: at i is what slots[i] holds, at len(slots) + m the m-th that was received
+    slots: list[int]  # the local experts that other ranks hold as well
+    send: list[int]  # the indices in ``slots`` to send to rank 0, then to rank 1, ...
+    splits: list[int]  # [P]: experts sent to each rank, and as many received from it
+    alike: list[tuple[list[int], list[list[int]]]]  # for each number of replicas c: the indices in ``slots`` of its n experts,
+    # and [c, n], in rank order, the places of these replicas: i is slots[i] itself, len(slots) + m is the m-th one received
 
 
 def replicas_of(rows: list[list[int]], rank: int) -> Replicas:
-    """What ``rank`` exchanges where rank p holds the experts rows[p]: with each other rank the experts that both hold, by their id."""
+    """What ``rank`` exchanges if rank p holds the experts rows[p].
+
+    With each other rank it exchanges the experts that both hold, ordered by id.
+    """
     shared = [sorted(set(row).intersection(rows[rank])) if p != rank else [] for p, row in enumerate(rows)]
     elsewhere = set().union(*shared)
     mine = [expert for expert in rows[rank] if expert in elsewhere]
@@ -134,7 +151,10 @@ def replicas_of(rows: list[list[int]], rank: int) -> Replicas:
 
 
 def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, reduce: Callable[[Tensor], Tensor]) -> None:
-    """Overwrite the replicas in the buckets' tensors, [L, ...] of one dtype each, with ``reduce`` of all of them, [c, n, W] -> [n, W]."""
+    """Overwrite the replicas with ``reduce`` of all replicas of their expert: [c, n, W] -> [n, W].
+
+    ``buckets`` has a list of tensors [L, ...] per dtype.
+    """
     if len({expert for row in rows for expert in row}) == sum(map(len, rows)):
         return  # no replicas, on any rank
     replicas = replicas_of(rows, process_group(group.name).rank())

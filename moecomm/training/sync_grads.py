@@ -1,4 +1,4 @@
-"""sync_grads_: the gradients of a model's parameters added up over their groups, in place, after the backward pass."""
+"""sync_grads_: the mean or sum of the gradients over a group, in place, after the backward pass."""
 
 from __future__ import annotations
 
@@ -34,35 +34,48 @@ def sync_grads_(
     scale: Literal["before", "after"] = "after",
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
-    """Replace each parameter's ``.grad`` by the mean or the sum of the ranks', between ``backward()`` and the optimizer's step.
+    """Replace each parameter's ``.grad`` by the mean or the sum over the ranks, in place.
+
+    Call it between ``backward()`` and the optimizer's step.
+
+    =========================================  =====================================================
+    a parameter that                           effect
+    =========================================  =====================================================
+    requires no gradient                       it stays unchanged
+    occurs twice in ``params``                 its gradient is reduced once
+    is a DTensor                               the local shard of its gradient is reduced
+    has no gradient on some ranks              it counts as zeros there, and gets the result
+    has no gradient on all ranks               its ``.grad`` stays None
+    =========================================  =====================================================
 
     Args:
-        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device; alike on all ranks but for which of them
-            have a gradient. Those that require no gradient are left alone, one that is there twice is reduced once. Of a DTensor's
-            gradient the local shard is meant. A parameter without a gradient on some ranks counts as zeros there and gets the result; one
-            without a gradient on all ranks keeps None.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group. Or a mapping from patterns
-            of names (as in `fnmatch`: "*" stands for any characters, dots too), or from parameters, to such groups, where they differ:
-            ``{"*.experts.*": mesh["edp"], "*": None}``. A parameter's group is that of its first match. "", the group of each process
-            alone, leaves gradients as they are.
-        reduce: "mean" or "sum" of the ranks' gradients: of those of the parameter's own group. An expert has the gradients of all the
-            tokens that came to it from its ep ranks already; so where groups differ, divide the loss by the number of all ranks and
-            take the "sum".
-        scale: for the mean, whether each rank's gradient is divided by P "before" they are added up, or their sum "after". They differ in
-            rounding, and where the sum is too large for float32.
-        bucket_bytes: how many bytes of gradients of a dtype are sent in one message; it does not change the result.
+        params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device. They
+            are the same on all ranks, except for which of them have a gradient.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group. If the parameters' groups differ: a mapping to such groups from patterns
+            of names (as in `fnmatch`: "*" stands for any characters, also for dots) or from
+            parameters. Example: ``{"*.experts.*": mesh["edp"], "*": None}``. The first match of a
+            parameter gives its group. "", the group of each process alone, leaves gradients
+            unchanged.
+        reduce: "mean" or "sum" over the parameter's own group. An expert has the gradients of all
+            tokens of its ep ranks already. So if groups differ, divide the loss by the number of
+            all ranks and use "sum".
+        scale: for the mean. "before" divides each rank's gradient by P and then adds; "after"
+            divides the sum. They differ in rounding, and if the sum is too large for float32.
+        bucket_bytes: bytes of gradients of one dtype per message. It does not change the result.
 
-    The gradients are added up in the order of the ranks in float32 (float64 for float64), and rounded once: the same bits on all ranks,
-    run after run.
+    Raises:
+        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
+            ``bucket_bytes`` is not an int.
+        ValueError, in these cases:
+            - ``reduce`` or ``scale`` is not one of the two
+            - ``bucket_bytes`` is below 1
+            - the tensors are on several devices
+            - a DTensor is sharded over its group
+            - a parameter has no match in the mapping
+            - a key of the mapping is no parameter's first match
 
-    Costs an all-to-all and an all-gather for each bucket. All buckets' all-to-alls, of all groups, are started before the first is waited
-    for. The host reads from the device only on a rank that lacks a gradient.
-
-    Backward: none; it is no part of any graph.
-
-    Raises TypeError where ``params`` holds anything but tensors, a gradient is sparse or ``bucket_bytes`` no int; ValueError where
-    ``reduce`` or ``scale`` is not one of the two, ``bucket_bytes`` is below 1, the tensors are on several devices, a DTensor is
-    sharded over its group, or in a mapping a parameter has no match, or a key is no parameter's first match.
+    Backward: none. This function is not part of any graph.
 
     >>> weight = torch.ones(2, requires_grad=True)
     >>> (3 * weight).sum().backward()
@@ -72,6 +85,13 @@ def sync_grads_(
     >>> sync_grads_({"0.gate": weight}, {"*.experts.*": None, "*": None})
     Traceback (most recent call last):
     ValueError: group['*.experts.*'] was no parameter's first match; it must be that of at least one of '0.gate'
+
+    Costs an all-to-all and an all-gather per bucket. The all-to-alls of all buckets of all groups
+    start before the first wait. There is a host synchronization only on a rank that lacks a
+    gradient.
+
+    The gradients are added in rank order in float32 (float64 for float64) and rounded once: the
+    same bits on all ranks, run after run.
     """
     _check(reduce, scale, bucket_bytes)
     named = {name: param for name, param in named_tensors(params).items() if param.requires_grad}
@@ -82,7 +102,7 @@ def sync_grads_(
             check_alike_over(param, ranks)
             check_dense_gradient(param)
     with torch.no_grad():
-        members, sent = [], []  # of each message: its parameters and their gradients, and what is sent
+        members, sent = [], []  # per message: its parameters and their gradients; and what is sent
         for ranks, tensors in parts:
             if ranks.size == 1:
                 continue
@@ -97,7 +117,7 @@ def sync_grads_(
 
 
 def _by_group(named: dict[str, Tensor], group: GroupLike | Mapping[str | Tensor, GroupLike]) -> list[tuple[Group, list[Tensor]]]:
-    """Each group once, and the parameters that belong to it; in an order that is the same on all ranks."""
+    """Each group once, with its parameters; in an order that is the same on all ranks."""
     if not isinstance(group, Mapping):
         return [(resolve_group(group), list(named.values()))]
     parts: dict[Group, list[Tensor]] = {}
@@ -118,7 +138,10 @@ def _check(reduce: str, scale: str, bucket_bytes: int) -> None:
 
 
 def _flags(params: list[Tensor], like: Tensor) -> Tensor:
-    """1 for each parameter that has a gradient, of the dtype of what they travel with: their sum tells whether any rank has one."""
+    """1 for each parameter with a gradient, else 0, in the dtype of the gradients that they travel with.
+
+    Their sum over the ranks tells whether any rank has a gradient.
+    """
     flags = like.new_ones(len(params))
     for i, param in enumerate(params):
         if param.grad is None:
@@ -127,11 +150,11 @@ def _flags(params: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _write_back(params: list[Tensor], grads: list[Tensor], flat: Tensor) -> None:
-    """Give the parameters of a bucket the gradients that ``flat`` has for them."""
+    """Give the parameters of a bucket their gradients from ``flat``."""
     *pieces, flags = flat.split([*(grad.numel() for grad in grads), len(params)])
-    copy_(grads, pieces)  # the parameters' own gradients, and the zeros of those that had none
+    copy_(grads, pieces)  # into the parameters' gradients, or into the zeros where there was none
     missing = [i for i, param in enumerate(params) if param.grad is None]
-    somewhere = read_list(flags) if missing else []  # on this rank only
+    somewhere = read_list(flags) if missing else []  # a host synchronization, on this rank only
     for i in missing:
         if somewhere[i]:
             params[i].grad = as_param(params[i], grads[i])

@@ -1,4 +1,4 @@
-"""sync_params and sync_params_: parameters alike on all ranks of a group."""
+"""sync_params and sync_params_: the same parameters on all ranks of a group."""
 
 from __future__ import annotations
 
@@ -29,34 +29,48 @@ Tree = TypeVar("Tree")
 
 
 def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mean", "sum"] | None = "mean") -> Tree:
-    """The parameters as rank ``src`` has them, on every rank: with its backward, data parallelism as one function.
+    """Return the parameters of rank ``src`` on every rank, differentiable: data parallelism as one function.
 
-    ``torch.func.functional_call(model, sync_params(dict(model.named_parameters()), group), (x,))`` runs the model; after ``backward()``
-    every rank has the mean gradient in ``.grad``, and the same optimizer step keeps the ranks alike. `torch.func.grad` works as well,
-    in eager mode; compile the forward pass, and its ``backward()`` is compiled with it.
+    ``torch.func.functional_call(model, sync_params(dict(model.named_parameters()), group), (x,))``
+    runs the model. After ``backward()`` every rank has the mean gradient in ``.grad``, and the same
+    optimizer step keeps the ranks equal.
 
     Args:
-        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...) of any shapes and dtypes, on one device; of the same
-            shapes and dtypes, and each requiring a gradient or not, alike on all ranks. Of a DTensor the local shard is sent; the
-            ranks of ``group`` hold the same shard of it.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
-        src: the rank, counted in the group, whose parameters all get.
-        grad: what the backward makes of the ranks' gradients: their "mean", their "sum", or None, each rank keeps its own.
+        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...), of any shapes and
+            dtypes, on one device. Shapes, dtypes and requires_grad are the same on all ranks. For a
+            DTensor the local shard is sent; the ranks of ``group`` hold the same shard of it.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
+        src: the rank whose parameters all ranks get, counted in the group.
+        grad: what the backward computes of the ranks' gradients: "mean", "sum", or None, where each
+            rank keeps its own.
 
-    Returns the same pytree of new tensors, none of them a Parameter, in a group of one ``params`` itself. One broadcast a dtype.
+    Returns:
+        The same pytree of new tensors, which are not Parameters. In a group of one it is ``params``
+        itself.
 
-    Backward: "mean" or "sum" of the ranks' gradients, on every rank: one all-to-all and one all-gather a dtype for all parameters
-    together, added up in the order of the ranks in float32 (float64 for float64) and rounded once, and so the same bits on all ranks,
-    run after run. What gets no gradient on a rank counts as zeros. None: nothing is sent. In eager mode there
-    is a second derivative, reduced alike.
+    Raises:
+        TypeError: ``params`` holds something that is not a tensor, or ``src`` is not an int.
+        ValueError: ``src`` is not a rank of the group, ``grad`` is not one of the three, the
+            tensors are on several devices, or a DTensor is sharded over the group.
 
-    Raises TypeError where ``params`` holds anything but tensors or ``src`` is no int; ValueError where ``src`` is no rank of the group,
-    ``grad`` not one of the three, the tensors are on several devices, or a DTensor is sharded over the group.
+    Backward:
+        "mean", "sum": of the ranks' gradients, on every rank. A tensor without a gradient on a rank
+            counts as zeros there. The gradients are added in rank order in float32 (float64 for
+            float64) and rounded once: the same bits on all ranks, run after run. In eager mode
+            there is a second derivative, reduced in the same way.
+        None: sends nothing.
 
     >>> model = torch.nn.Linear(2, 1)
     >>> same = sync_params(dict(model.named_parameters()), None)
     >>> torch.func.functional_call(model, same, (torch.ones(3, 2),)).shape
     torch.Size([3, 1])
+
+    Costs one broadcast per dtype. The backward costs one all-to-all and one all-gather per dtype,
+    for all parameters together.
+
+    `torch.func.grad` works as well, in eager mode. Under torch.compile, compile the forward pass;
+    its ``backward()`` is compiled with it.
     """
     if grad not in ("mean", "sum", None):
         wrong_value("grad", repr(grad), '"mean", "sum" or None')
@@ -75,23 +89,28 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
 
 
 def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
-    """Overwrite the parameters with those of rank ``src``, once, after initialisation.
+    """Overwrite the parameters with those of rank ``src``, in place: once, after initialization.
 
     Args:
-        params: an ``nn.Module``, all of whose parameters and buffers are meant, as in DDP; or a mapping from names to tensors, or
-            tensors, of any shapes, strides and dtypes, on one device; the same on all ranks. A tensor that is there twice is sent once.
-            Of a DTensor the local shard is meant.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
-        src: the rank, counted in the group, whose parameters all get.
+        params: an ``nn.Module`` (all its parameters and buffers, as in DDP), a mapping from names
+            to tensors, or tensors; of any shapes, strides and dtypes, on one device; the same on
+            all ranks. A tensor that occurs twice is sent once. For a DTensor, its local shard is
+            synced.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
+            default group.
+        src: the rank whose parameters all ranks get, counted in the group.
 
-    Costs one small exchange, read by the host, and one broadcast for each 25 MiB of a dtype.
+    Raises:
+        TypeError, ValueError: as `sync_params` does; raised before a tensor is sent.
+        MoECommError: the ranks' tensors differ in number, shape or dtype. It is the same on every
+            rank. If one rank raises its own error and has a tensor on a device of the group, all
+            other ranks raise a MoECommError, too.
 
-    Backward: none; it is no part of any graph.
-
-    Raises as `sync_params` does, before a tensor is sent; `MoECommError`, alike on every rank, where the ranks' tensors differ in
-    number, shape or dtype, and on all others where one raises its own error and has a tensor on a device of the group.
+    Backward: none. This function is not part of any graph.
 
     >>> sync_params_(torch.nn.Linear(2, 1), None)  # a single process has nothing to do
+
+    Costs one small exchange that the host reads, and one broadcast for each 25 MiB of a dtype.
     """
     ranks = resolve_group(group)
     tensors: list[Tensor] = []
@@ -112,7 +131,7 @@ def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
             mine = [local[i] for i in bucket]
             started = mine, ops.start_broadcast(mine, src, ranks.name)
             if pending is not None:
-                _receive(*pending)  # while the next one is on its way
+                _receive(*pending)  # while the next broadcast runs
             pending = started
         if pending is not None:
             _receive(*pending)

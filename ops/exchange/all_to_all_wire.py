@@ -1,8 +1,8 @@
-"""received = what each rank quantised for me, in their order: one message for values and scales, S -> R or R -> S.
+"""received = the pairs that each rank quantized for me, in rank order: values and scales in one message, S -> R or R -> S.
 
-Costs (token, rank) pairs x (D + the scales') bytes on the wire, of which `wire_formats.py` has the formats. On a GPU a kernel gathers and
-quantises in one pass; on a CPU, which takes longer to compute than to copy, each token is quantised once and its bytes are gathered.
-It is its own mirror, in the other direction, which `dispatch_combine_wire.py` joins to the backward.
+Costs (token, rank) pairs x (D + the scales') bytes on the wire; `wire_formats.py` defines the formats. On a GPU one kernel gathers
+and quantizes in one pass. On a CPU, which computes more slowly than it copies, each token is quantized once and its bytes are gathered.
+Its mirror is itself in the other direction; `dispatch_combine_wire.py` joins the two to the backward.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """dispatch: rows[n] = x[t], and combine: y[t] = sum over t's rows n of weights[n] * rows[n], for tokens that live on other ranks.
 
-Costs (token, rank) pairs x D elements on the wire for each, once forward and once backward, and a read and a write of S, R and N rows.
-Each is the other's mirror, up to the weights: dispatch's backward is the unweighted combine, combine's the dispatch of the gradient.
+Each costs (token, rank) pairs x D elements on the wire, once forward and once backward, and a read and a write of S, R and N rows.
+They are mirrors up to the weights: dispatch's backward is combine without weights, combine's backward is dispatch of the gradient.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""dispatch_wire: rows[n] = x[t], and combine_wire: y[t] = sum over t's rows n of weights[n] * rows[n], quantised while they travel.
+"""dispatch_wire: rows[n] = x[t], and combine_wire: y[t] = sum over t's rows n of weights[n] * rows[n], quantized on the wire.
 
-Costs (token, rank) pairs x (D + the scales') bytes on the wire for each, in the formats of `wire_formats.py`: ``wire`` is the forward's,
-``backward_wire`` the gradient's, either may be None, which is x's own dtype. In a group of one rows are rounded as if they had travelled.
-Each is the other's mirror, up to the weights, as in `dispatch_combine.py`: the gradient passes the rounding as it is.
+Each costs (token, rank) pairs x (D + the scales') bytes on the wire, in the formats of `wire_formats.py`. ``wire`` is the format of the
+forward, ``backward_wire`` that of the gradient. None is x's own dtype. In a group of one, rows are rounded as if they had been sent.
+They are mirrors up to the weights, as in `dispatch_combine.py`. The rounding passes the gradient on unchanged.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from moecomm.ops.rows.gather import gather
 from moecomm.ops.rows.weighted_sum import weighted_sum
 from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
 
-# Without send_order and send_position it is a group of one: nothing is sent, and S = R = T.
+# send_order and send_position are None in a group of one: nothing is sent, and S = R = T.
 INDICES = "Tensor? send_order, Tensor? send_position, Tensor row_order, Tensor row_position, Tensor? splits, str group"
 WIRES = "str? wire, str? backward_wire"
 
 
 def _pairs(indices: tuple[Any, ...], group: str) -> tuple[Any, ...]:
-    """Of what the ops below take, what is of pairs."""
+    """The arguments that describe the (token, rank) pairs, among those of the ops below."""
     send_order, send_position, _, row_position, splits = indices
     return send_order, send_position, splits, row_position.shape[0], group
 
 
 def _sum_home(rows: Tensor, weights: Tensor | None, indices: tuple[Any, ...], group: str, wire: str | None, back: str | None) -> Tensor:
-    """Each token's sum over its rows: N -> R -> S -> T."""
+    """The sum of each token over its rows: N -> R -> S -> T."""
     send_order, _, row_order, row_position, _ = indices
-    if send_order is not None and wire is None:  # the sums are made in the buffer that is sent
+    if send_order is not None and wire is None:  # the sums are computed in the send buffer
         return combine(rows, weights, *indices, group)
     return home(weighted_sum(rows, weights, row_order, row_position), *_pairs(indices, group), wire, back)
 

@@ -1,7 +1,8 @@
-"""message[s] = the rows[s] of several tensors side by side: what exchanges with the same splits send, in one message each way.
+"""message[s] = the rows[s] of several tensors side by side: one message for exchanges with the same splits, in each direction.
 
-Costs what the exchanges cost on the wire, and up to 7 bytes a row and tensor more; and at either end one read and one write of the message,
-where the rows are laid side by side and taken apart. A compiler's pass makes these ops of others; they have no backward of their own.
+Costs what the exchanges cost on the wire, and up to 7 bytes more per row and tensor. Each end also reads and writes the message once, to
+put the rows side by side or to take them apart.
+A pass over a compiled graph puts these ops in place of others. They have no backward of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MESSAGE = "slots_message(Tensor experts, Tensor weights, Tensor keys, Tensor ord
 GATHER = "gather_pairs(Tensor x, Tensor order, int k) -> Tensor"
 ROWS = "rows_exchange(Tensor[] rows, Tensor? splits, SymInt size, int direction, str group) -> Tensor"
 TAKE = "take_rows(Tensor message, int words, int width, ScalarType dtype) -> Tensor"
-WORD = torch.int64  # what rows are laid side by side as: bytes, one by one, are slow to copy
+WORD = torch.int64  # the unit in which rows stand side by side; single bytes are slow to copy
 
 
 def gather_pairs_fake(x: Tensor, order: Tensor, k: int) -> Tensor:
@@ -28,7 +29,7 @@ def gather_pairs_fake(x: Tensor, order: Tensor, k: int) -> Tensor:
 
 
 def words(width: int, dtype: torch.dtype) -> int:
-    """How many words a row of ``width`` elements takes."""
+    """The number of words for a row of ``width`` elements."""
     return -(-width * dtype.itemsize // WORD.itemsize)
 
 
@@ -52,7 +53,7 @@ def take_fake(message: Tensor, words: int, width: int, dtype: torch.dtype) -> Te
 
 
 def take(message: Tensor, words: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The tensor of ``width`` elements a row that starts ``words`` words into the message."""
+    """The tensor with ``width`` elements per row that starts ``words`` words into the message."""
     size = width * dtype.itemsize
     data = message[:, words : words - -size // WORD.itemsize].clone(memory_format=torch.contiguous_format).view(torch.uint8)  # [R, bytes]
     return (data if size == data.shape[1] else data[:, :size].clone(memory_format=torch.contiguous_format)).view(dtype)

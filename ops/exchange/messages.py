@@ -1,6 +1,6 @@
-"""received[p] = rank p's message for this rank: counts, what ranks must agree on, and slots where they are few.
+"""received[p] = rank p's message for this rank: counts, what ranks must agree on, and the slots if they are few.
 
-Costs one all-to-all of LENGTH int64 words to each rank. Integers only: no backward.
+Costs one all-to-all of LENGTH int64 words to each rank. It has no backward: the words are integers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ def messages_fake(messages: Tensor, few: Tensor | None, what: str, group: str) -
 
 
 def send_messages(messages: Tensor, few: Tensor | None, what: str, group: str) -> Tensor:
-    """Row p of messages [P, ...], and of few [P, ROOM], goes to rank p; without few zeros do, for all messages are as long."""
+    """Send row p of ``messages`` [P, ...] and of ``few`` [P, ROOM] to rank p.
+
+    Without ``few`` zeros take its place, so that all messages have the same length.
+    """
     room = messages.new_zeros(messages.shape[0], ROOM) if few is None else few
     return start(torch.cat((messages, room), 1), messages.shape[0], None, 0, group, what)
 
@@ -33,7 +36,7 @@ messages_exchange = define_start(SCHEMA, messages_fake, send_messages, send_mess
 
 
 def send_without_waiting(messages: Tensor, group: str) -> None:
-    """Send row p of ``messages`` [P, LENGTH] to rank p, and drop what comes.
+    """Send row p of ``messages`` [P, LENGTH] to rank p, and drop what arrives.
 
     Torch keeps the memory until the other ranks have taken part.
     """
@@ -42,7 +45,7 @@ def send_without_waiting(messages: Tensor, group: str) -> None:
 
 
 def gather_objects(mine: object, ranks: int, group: str) -> list[Any]:
-    """Each rank's object, pickled on its way: for an error's text alone."""
+    """The objects of all ranks, pickled for the exchange. Used only for the text of an error."""
     every: list[Any] = [None] * ranks
     dist.all_gather_object(every, mine, process_group(group))
     return every

@@ -1,8 +1,9 @@
 """slice_scatter: piece = x's chunk of this rank along dim. slice_gather: whole[chunk of rank p] = piece of rank p, for all p.
 
-Chunks are torch.chunk's, and so DTensor's Shard: ceil(size / P) long, the last ranks shorter or empty. slice_scatter copies size / P and
-sends nothing; slice_gather sends the piece to all ranks. The two are each other's backward; with reduce, slice_gather's mirror is
-slice_reduce: piece[i] = sum over ranks p of p's whole[i], in the order of the ranks, in float32 for lower precisions.
+slice_reduce: piece[i] = sum over ranks p of p's whole[i], in rank order, in float32 for lower precisions. Chunks are those of
+torch.chunk, and so of DTensor's Shard: ceil(size / P) long, and shorter or empty on the last ranks.
+slice_scatter copies size / P and sends nothing. slice_gather sends the piece to all ranks.
+slice_scatter and slice_gather are each other's backward. With reduce, slice_gather's mirror is slice_reduce.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from moecomm.ops.rows.rank_sum import rank_sum
 
 
 def chunk_size(size: int, ranks: int) -> int:
-    """The length of all chunks but the last ones: ceil(size / ranks)."""
+    """The length of all chunks except the last ones: ceil(size / ranks)."""
     return -(-size // ranks)
 
 
 def chunk_bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Where ``rank``'s chunk starts, and its length."""
+    """The start of ``rank``'s chunk, and its length."""
     chunk = chunk_size(size, ranks)
     start = min(rank * chunk, size)
     return start, min(chunk, size - start)
 
 
-# The rank is looked up while an op runs: no graph knows it, nor any size that follows from it.
+# An op looks up the rank when it runs, so that a graph holds neither the rank nor a size that follows from it.
 
 
 def take_slice_fake(x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
@@ -68,7 +69,7 @@ def pad_rows_here(rows: Tensor, size: int) -> Tensor:
     return padded
 
 
-# An op, for what is missing may be no row or one, and the compiler would make a graph of its own for each of the two.
+# This is an op because the padding may have 0 rows or 1 row: without an op, the compiler would make a graph for each of the two.
 pad_rows = define("pad_rows(Tensor rows, SymInt size) -> Tensor", pad_rows_fake, pad_rows_here, pad_rows_here)
 
 
@@ -88,14 +89,14 @@ pad_slice = define("pad_slice(Tensor piece, SymInt size, int ranks, str group) -
 
 
 def start_reduce(whole: Tensor, ranks: int, group: str) -> Tensor:
-    """Start to send each rank its chunk of ``whole`` [size, ...]; to be finished by `reduced`."""
+    """Start to send each rank its chunk of ``whole`` [size, ...]; `reduced` finishes it."""
     chunk = chunk_size(whole.shape[0], ranks)
-    padded = pad_rows(whole, ranks * chunk)  # [ranks * chunk, ...], equal for all ranks: each may know it
+    padded = pad_rows(whole, ranks * chunk)  # [ranks * chunk, ...], the same size on all ranks, so that a graph may hold it
     return start_all_to_all(padded, [chunk] * ranks, group)
 
 
 def reduced(pending: Tensor, ranks: int) -> Tensor:
-    """Wait for what `start_reduce` began and add it up: [chunk, ...]."""
+    """Wait for the parts that `start_reduce` sent, and return their sum: [chunk, ...]."""
     parts = wait(pending)  # [ranks * chunk, ...]
     chunk = parts.shape[0] // ranks
     return rank_sum(parts.view(ranks, -1), 1, False).view(chunk, *parts.shape[1:])
@@ -114,7 +115,7 @@ cut_rows = define("cut_rows(Tensor rows, SymInt size, int ranks, str group) -> T
 
 
 def _own(chunk: Tensor, size: int, length: int | None, ranks: int, group: str) -> Tensor:
-    """This rank's chunk without the padding, of which ``length``, where it is known, is left."""
+    """This rank's chunk without its padding. ``length`` is the length without padding, or None if it is not known."""
     if length is not None:
         return chunk.narrow(0, 0, length)
     return chunk if statically_known_true(size % ranks == 0) else cut_rows(chunk, size, ranks, group)
@@ -138,7 +139,7 @@ class _Gather(torch.autograd.Function):
         ctx.reduce = reduce
         chunk = pad_slice(x.movedim(dim, 0), size, ranks, group)
         whole = all_gathered(start_all_gather(chunk, ranks, group), chunk, ranks)
-        # Only the last chunks are short, so that all padding is behind the last row.
+        # Only the last chunks are short, so all padding comes after the last row.
         return whole.narrow(0, 0, size).movedim(0, dim).contiguous()
 
     @staticmethod
@@ -160,7 +161,7 @@ class _Reduce(torch.autograd.Function):
 
 
 def define_function(schema: str, function: type[torch.autograd.Function]) -> Any:
-    """An op that is its autograd.Function: the compiler traces into it, forward and backward, and Dynamo need not."""
+    """Define an op that runs an autograd.Function. The compiler traces into it, forward and backward; Dynamo need not."""
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, lambda *args: function.apply(*args), "CompositeImplicitAutograd")

@@ -1,7 +1,7 @@
-"""(ids, weights)[r] = what travels beside a received row: its token's K slots' local experts, -1 where one lives elsewhere, and weights.
+"""(ids, weights)[r] = the K slots of received row r: their local experts, -1 for an expert on another rank, and their weights.
 
-Costs K * (weight + 1, 2 or 4 bytes of id) bytes a (token, rank) pair, in one message; where they are few it has come with the counts, and
-nothing is sent. A pair that is padding has ids -1 and weights 0.
+Costs K * (weight + 1, 2 or 4 bytes of id) bytes per (token, rank) pair, in one message. If slots are few, they came with the counts,
+and nothing is sent. A pair that is padding has ids -1 and weights 0.
 Its backward sends the gradient of the weights home, [R, K] -> [S, K], and adds up each token's pairs: `weighted_sum` without weights.
 """
 
@@ -20,7 +20,7 @@ from moecomm.ops.exchange.there_and_home import home
 from moecomm.ops.routing.slot_bytes import message_cpu, message_triton, unpack_slots, width_of
 from moecomm.ops.routing.slots_with_counts import take_cpu, take_triton
 
-# messages are what came with the counts, and few, on the CPU, whether slots are in it; both None where none were sent so.
+# messages came with the counts; few, on the CPU, tells whether the slots are in them. Both are None if no slots were sent with the counts.
 EARLY = "Tensor? messages, Tensor? few"
 SEND = (
     f"slots_exchange(Tensor experts, Tensor weights, Tensor keys, Tensor order, int local, {EARLY}, Tensor? splits, SymInt received, "
@@ -39,7 +39,7 @@ def send_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, loc
 
 
 def _early(messages: Tensor | None, few: Tensor | None) -> Tensor | None:
-    """The messages, where the slots came in them; ``few`` is on the CPU: no sync."""
+    """The messages, if the slots came in them, else None. ``few`` is on the CPU, so there is no host synchronization."""
     return messages if few is not None and few.numpy().tolist() == [True] else None
 
 
@@ -50,7 +50,7 @@ def send_cpu(
     early = _early(messages, few)
     if early is not None:
         return take_cpu(early, splits, width_of(experts.shape[1], local, weights.dtype))
-    sent = message_cpu(experts, weights, keys, order, local, splits is None)  # equal splits have padding
+    sent = message_cpu(experts, weights, keys, order, local, splits is None)  # equal splits include padding
     return start(sent, received, splits, 0, group, WHAT)
 
 

@@ -1,7 +1,8 @@
-"""sum_ranks: total = x of rank 0 + x of rank 1 + ..., on every rank. sum_gradient: y = x, and backward the total of the ranks' gradients.
+"""sum_ranks: total = x of rank 0 + x of rank 1 + ..., on every rank. sum_gradient: y = x; its backward is the total of the gradients.
 
-Both add up in the order of the ranks, in float32 for lower precisions, and round once: an all-to-all, `rank_sum` and an all-gather, which
-send each rank's bytes 2 * (P - 1) / P times. The two are each other's backward; sum_ranks' is to pass the gradient on, as it is.
+Both sums are in rank order, in float32 for lower precisions, and rounded once. A sum costs an all-to-all, `rank_sum` and an all-gather,
+which send each rank's bytes 2 * (P - 1) / P times.
+They are each other's backward: sum_ranks' backward passes the gradient on unchanged, as sum_gradient does with x.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moecomm.ops.exchange.slices import define_function, reduced, start_reduce
 
 
 def total(x: Tensor, ranks: int, group: str) -> Tensor:
-    """The sum over the ranks of tensors of one shape."""
+    """The sum over the ranks of tensors of the same shape."""
     flat = x.reshape(-1)
     chunk = reduced(start_reduce(flat, ranks, group), ranks)
     whole = all_gathered(start_all_gather(chunk, ranks, group), chunk, ranks)

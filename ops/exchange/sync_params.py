@@ -1,8 +1,8 @@
-"""sync_params: out[i] = rank src's params[i]. all_reduce: out = flat of rank 0 + flat of rank 1 + ..., in that order, / divisor.
+"""sync_params: out[i] = rank src's params[i]. all_reduce: out = (flat of rank 0 + flat of rank 1 + ..., in rank order) / divisor.
 
-sync_params sends the parameters to each rank, one broadcast a dtype. all_reduce is an all-to-all, `rank_sum` and an all-gather, and
-sends each rank's bytes 2 * (P - 1) / P times, as a ring does. The backward of sync_params is all_reduce of the gradients, one flat tensor
-a dtype; the backward of that is all_reduce again.
+sync_params costs one broadcast per dtype. all_reduce is an all-to-all, `rank_sum` and an all-gather. It sends each rank's bytes
+2 * (P - 1) / P times, as a ring does.
+The backward of sync_params is all_reduce of the gradients, one flat tensor per dtype. The backward of that is all_reduce again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def start_broadcast_fake(tensors: Sequence[Tensor], src: int, group: str) -> Ten
 
 
 def start_broadcast_here(tensors: Sequence[Tensor], src: int, group: str) -> Tensor:
-    """Start the broadcast of tensors of one dtype, one behind the other, from rank ``src`` of the group; to be waited for."""
+    """Start the broadcast of tensors of one dtype, concatenated, from rank ``src`` of the group; the caller waits for it."""
     ranks = process_group(group)
     here = ranks.rank() == src
     flat = flatten(tensors) if here else start_broadcast_fake(tensors, src, group)
@@ -47,7 +47,7 @@ def split_copy_fake(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def split_copy_here(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Each piece in memory of its own: aligned for any kernel, and free as soon as nobody needs it."""
+    """Copy each piece into its own memory: it is aligned for any kernel, and freed as soon as nothing needs it."""
     return list(torch.ops.aten.split_with_sizes_copy(flat, sizes))
 
 
@@ -56,7 +56,7 @@ split_copy = define(SPLIT, split_copy_fake, split_copy_here, split_copy_here)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one dtype, one behind the other."""
+    """Tensors of one dtype, concatenated."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
@@ -69,7 +69,7 @@ def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 class Bucket(NamedTuple):
-    """Tensors of one dtype that travel in one message, and what their sum over a group is divided by."""
+    """Tensors of one dtype that travel in one message, and the divisor of their sum over a group."""
 
     tensors: Sequence[Tensor]
     divisor: int
@@ -78,14 +78,14 @@ class Bucket(NamedTuple):
 
 
 def all_reduce(buckets: Sequence[Sequence[Tensor]], divisor: int, ranks: int, group: str, before: bool = False) -> list[Tensor]:
-    """For each bucket of tensors of one dtype their sums over the ranks, divided, one behind the other."""
+    """For each bucket of tensors of one dtype: their sums over the ranks, divided by ``divisor``, concatenated."""
     return all_reduce_buckets([Bucket(bucket, divisor, ranks, group) for bucket in buckets], before)
 
 
 def all_reduce_buckets(buckets: Sequence[Bucket], before: bool = False) -> list[Tensor]:
-    """The same for buckets of several groups, named in the same order on all ranks.
+    """`all_reduce` for buckets of several groups. The groups come in the same order on all ranks.
 
-    What can be sent is sent before anything is waited for.
+    All all-to-alls start before the first wait. Each all-gather starts as soon as its sum is there.
     """
     flats = [_padded(bucket.tensors, bucket.ranks) for bucket in buckets]
     exchanged = [_start_exchange(flat, bucket.ranks, bucket.group) for flat, bucket in zip(flats, buckets, strict=True)]
@@ -104,7 +104,7 @@ def _length(tensors: Sequence[Tensor]) -> int:
 
 
 def _padded(tensors: Sequence[Tensor], ranks: int) -> Tensor:
-    """The tensors, one behind the other, and zeros, so that each rank has a chunk of the same length and none an empty one."""
+    """The tensors and zeros, concatenated, so that each rank has a chunk of the same length and no chunk is empty."""
     length = _length(tensors)
     return flatten([*tensors, tensors[0].new_zeros(ranks * max(1, chunk_size(length, ranks)) - length)])
 
@@ -128,7 +128,7 @@ class _SyncParams(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *ctx.how = inputs[:4]
         ctx.needed = ctx.needs_input_grad[4:]
-        # Else one parameter that needs a gradient would give all of them one.
+        # Otherwise one parameter that needs a gradient would give a gradient to all of them.
         ctx.mark_non_differentiable(*(param for param, needed in zip(output, ctx.needed, strict=True) if not needed))
 
     @staticmethod
@@ -161,9 +161,9 @@ class _ReduceGrads(torch.autograd.Function):
 
 
 def _put(tensors: list[Tensor], bucket: list[int], flat: Tensor) -> None:
-    """Put the tensors of a bucket, as ``flat`` has them, in their places."""
+    """Replace the tensors of a bucket by those in ``flat``."""
     for i, piece in zip(bucket, split_copy(flat, [tensors[i].numel() for i in bucket]), strict=True):
-        tensors[i] = torch.ops.aten._unsafe_view(piece, tensors[i].shape)  # nobody else has the piece: may be written to
+        tensors[i] = torch.ops.aten._unsafe_view(piece, tensors[i].shape)  # the piece has its own memory, so it may be written to
 
 
 def _sync_params(params: Sequence[Tensor], *how: Any) -> list[Tensor]:
@@ -175,6 +175,10 @@ LIBRARY.impl("sync_params", _sync_params, "CompositeImplicitAutograd")
 
 
 def sync_params(params: Sequence[Tensor], src: int, divisor: int | None, ranks: int, group: str) -> list[Tensor]:
-    """The op where Dynamo traces, which cannot look into it; else what it does: torch.func.grad reaches that, but not through an op."""
+    """Return rank src's params, one new tensor each.
+
+    While Dynamo traces, this calls the op, because Dynamo cannot look into the function that the op runs. Otherwise it calls that
+    function: torch.func.grad reaches it, but not through an op.
+    """
     function = torch.ops.moecomm.sync_params if torch.compiler.is_dynamo_compiling() else _sync_params
     return function(params, src, divisor, ranks, group)

@@ -1,9 +1,9 @@
 """there[r] = x[t], for each (token, rank) pair r that arrives, of token t; home[t] = sum over t's pairs of what comes back of them.
 
-Costs (token, rank) pairs x D elements on the wire, and a private send buffer of as many; with a ``wire`` the bytes of `wire_formats.py`.
-In a group of one, without orders, nothing is sent, and what has a wire is rounded as if it had been.
-Each is the other's mirror, and so its backward, any number of times: what the backwards of `dispatch_combine.py`,
-`dispatch_combine_wire.py` and `slots.py` are made of. The gradient passes the rounding as it is.
+Costs (token, rank) pairs x D elements on the wire, and a private send buffer of the same size; with a ``wire`` the bytes of
+`wire_formats.py`. In a group of one, without orders, nothing is sent; with a wire, the rows are rounded as if they had been sent.
+They are each other's mirror and backward, any number of times. The backwards of `dispatch_combine.py`, `dispatch_combine_wire.py` and
+`slots.py` consist of them. The rounding passes the gradient on unchanged.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from moecomm.ops.rows.dequantize import dequantize
 from moecomm.ops.rows.quantize import quantize
 from moecomm.ops.rows.weighted_sum import weighted_sum
 
-# Without send_order and send_position it is a group of one: S = R = T.
+# send_order and send_position are None in a group of one: S = R = T.
 PAIRS = "Tensor? send_order, Tensor? send_position, Tensor? splits, SymInt received, str group, str? wire, str? backward_wire"
 
 
 def arrived(x: Tensor, pairs: tuple[Any, ...], wire: str | None) -> Tensor:
-    """What arrives of each pair's token, T -> S -> R: [R, D], or with a wire its bytes."""
+    """The token of each pair, as it arrives, T -> S -> R: [R, D], or its quantized bytes if there is a wire."""
     order, position, splits, received, group = pairs
     if order is None:
         return x.clone() if wire is None else quantize(x, None, 1, wire)
