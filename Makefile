@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# how many tests run side by side: a core each, or more, since some run several ranks
+JOBS ?= 2
+PYTEST := python -m pytest -n $(JOBS) --dist worksteal
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 
@@ -19,13 +22,13 @@ demo: $(READY)  ## train a small Mixture-of-Experts language model on 4 processe
 	$(BIN)/python -m tutorials.demo $(ARGS)
 
 test: $(READY)  ## the suite
-	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+	$(BIN)/$(PYTEST) -m "not exhaustive" $(ARGS)
 
 test-all: $(READY)  ## with every one of very many like cases, too
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
-test-fast: $(READY)  ## the inner loop: two to four minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test-fast: $(READY)  ## the inner loop: under 90 seconds on 2 cores
+	$(BIN)/$(PYTEST) -m "not slow" $(ARGS)
 
 build/torch-%/.ready: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -34,7 +37,7 @@ build/torch-%/.ready: pyproject.toml
 	touch $@
 
 test-torch: build/torch-$(VERSION)/.ready  ## the inner loop with another torch: by default the oldest that moecomm takes
-	build/torch-$(VERSION)/bin/python -m pytest -m "not slow" -W ignore::DeprecationWarning $(ARGS)
+	build/torch-$(VERSION)/bin/$(PYTEST) -m "not slow" -W ignore::DeprecationWarning $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

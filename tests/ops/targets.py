@@ -1,6 +1,7 @@
-"""Compiles every Triton kernel of the local ops for a GPU that need not be here: ``python -m tests.ops.targets cuda 90 32``.
+"""Compiles every Triton kernel of the local ops for a GPU that need not be here: ``python -m tests.ops.targets cuda 90 32 [all]``.
 
 It stands in for the GPU where Triton asks which one there is, launches nothing, and prints the name of each kernel once it is compiled.
+With ``all`` it takes every dtype that an op takes, else one of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from moecomm.ops.rows.weighted_sum import weighted_sum_triton
 from moecomm.ops.rows.weighted_sum_backward import backward_triton
 from moecomm.ops.rows.wire_formats import DTYPES, WIRES
 
-GATHERED = (torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float32, torch.complex64, torch.complex128)
+IDS = (torch.int64, torch.int32, torch.uint8)
+GATHERED = (torch.bfloat16, torch.bool, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float32, torch.complex64, torch.complex128)
 SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -58,12 +60,13 @@ def compile_only(launch: Any) -> Any:
     return run
 
 
-def call_everything() -> None:
+def call_everything(most: int | None) -> None:
+    """Each kernel, with the first ``most`` dtypes of those that it takes."""
     tokens, k, d = 5, 2, 7
     order = torch.zeros(tokens * k, dtype=torch.int32)
     position = torch.zeros(tokens, k, dtype=torch.int32)
     weights = torch.zeros(tokens, k)
-    for dtype in (torch.uint8, torch.int32, torch.int64):
+    for dtype in IDS[:most]:
         count_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2, [2, 4, -1, 16, 2**40])
         count_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2, [2, 4, -1, 16, 2**40], position)
         keys_triton(torch.zeros(tokens, k, dtype=dtype), 4, 2)
@@ -77,9 +80,9 @@ def call_everything() -> None:
         unpack_triton(message, k, local, weights.dtype)
         few_triton(position, weights, position, local, 2)
     take_triton(torch.zeros(2, LENGTH, dtype=torch.int64), tokens, 10)
-    for dtype in GATHERED:
+    for dtype in GATHERED[:most]:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
-    for dtype in SUMMED:
+    for dtype in SUMMED[:most]:
         for before in (False, True):
             rank_sum_triton(torch.zeros(3, 7, dtype=dtype), 3, before)
         choose_triton(torch.zeros(tokens, 6, dtype=dtype), k)
@@ -88,7 +91,7 @@ def call_everything() -> None:
         weighted_sum_triton(rows, weights, order, position)
         backward_triton(x, rows, weights, order, position)
     for wire in WIRES:
-        for dtype in DTYPES:
+        for dtype in DTYPES[:most]:
             for some in (None, order):
                 message = quantize_triton(torch.zeros(tokens, d, dtype=dtype), some, k, wire)
                 dequantize_triton(message, some, k, d, dtype, wire)
@@ -121,10 +124,10 @@ def call_with_as_many_tokens(tokens: int) -> int:
 
 
 if __name__ == "__main__":
-    backend, arch, warp = sys.argv[1:]
+    backend, arch, warp, *everything = sys.argv[1:]
     driver.set_active(AbsentGpu(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))))
     JITFunction.run = compile_only(JITFunction.run)
-    call_everything()
+    call_everything(None if everything else 1)
     many = torch.zeros(5, 300, dtype=torch.int64)  # slots of a token, whose square a tensor cannot hold
     count_triton(many, 600, 2, [300, 600])
     fit_triton(many, many, many.int(), 2)
