@@ -60,13 +60,13 @@ def bound(x: Tensor, wire: str) -> Tensor:
 
 
 def assert_within_bound(got: Tensor, x: Tensor, wire: str, interpreted: bool = False) -> None:
-    finite = x.isfinite()
+    got, finite = got.cpu(), x.isfinite()
     assert torch.equal(got.isnan(), ~finite)
     assert not got.isinf().any()
     rounding = (1.0 if interpreted and x.dtype == torch.bfloat16 else 0.5) * torch.finfo(x.dtype).eps
     most = bound(x, wire)
     most = most + (x.double().abs() + most) * rounding + torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps
-    excess = ((got.cpu().double() - x.double()).abs() - most)[finite]
+    excess = ((got.double() - x.double()).abs() - most)[finite]
     assert excess.numel() == 0 or excess.max() <= 0, f"{float(excess.max())} more than the bound"
 
 
