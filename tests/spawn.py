@@ -52,20 +52,21 @@ class Pool:
     def __init__(self, ranks: int) -> None:
         context = mp.get_context("forkserver")  # torch is imported once, and not by each rank again: 3 s of CPU time each
         context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional", "tests.end_with_parent"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        listening = socket.create_server(("127.0.0.1", 0))  # rank 0 goes on listening: nobody else can take the port
+        port = listening.getsockname()[1]
         self.groups = 1
         self.pipes: list[Connection] = []
         self.processes = []
         self.stacks = [tempfile.NamedTemporaryFile(suffix=f".rank{rank}") for rank in range(ranks)]  # noqa: SIM115 - as long-lived as the pool
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, port, theirs, self.stacks[rank].name), daemon=True)
+            args = (rank, ranks, port, listening if rank == 0 else None, theirs, self.stacks[rank].name)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        listening.close()
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         call = pickle.dumps((fn, args))
@@ -124,7 +125,7 @@ class Pool:
             stack.close()
 
 
-def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> None:
+def _serve(rank: int, ranks: int, port: int, listening: socket.socket | None, pipe: Connection, stack: str) -> None:
     import torch
     import torch._functorch.config
     import torch._inductor.config
@@ -140,7 +141,9 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: str) -> No
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", timeout=timedelta(seconds=50))
+    file, patience = listening.detach() if listening else None, timedelta(seconds=50)
+    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0, timeout=patience, master_listen_fd=file)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
     while True:
         try:
             fn, args = pickle.loads(pipe.recv_bytes())

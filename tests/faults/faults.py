@@ -112,17 +112,16 @@ class Ranks:
     def __init__(self) -> None:
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional"])  # as the pools do: it is the same server
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         self.ever: list[int] = []  # the ids of all processes that were started
-        self.ranks = [self._start(rank) for rank in range(RANKS)]
+        with socket.create_server(("127.0.0.1", 0)) as listening:  # rank 0 goes on listening: nobody else can take the port
+            self.port = listening.getsockname()[1]
+            self.ranks = [self._start(rank, listening if rank == 0 else None) for rank in range(RANKS)]
         self.shared: set[str] = set()  # the shared memory that they had
         self.cases = 0
 
-    def _start(self, rank: int) -> tuple[mp.process.BaseProcess, Connection]:
+    def _start(self, rank: int, listening: socket.socket | None = None) -> tuple[mp.process.BaseProcess, Connection]:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(rank, self.port, theirs))
+        process = self.context.Process(target=_serve, args=(rank, self.port, listening, theirs))
         process.start()
         theirs.close()
         self.ever.append(process.pid or 0)
@@ -168,12 +167,13 @@ class Ranks:
         assert left == []
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, port: int, listening: socket.socket | None, pipe: Connection) -> None:
     os.setsid()  # what it starts, if anything, is in a session of its number
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     wait = timedelta(seconds=START)
-    store = dist.TCPStore("127.0.0.1", port, None, is_master=rank == 0, timeout=wait)
+    file = listening.detach() if listening else None
+    store = dist.TCPStore("127.0.0.1", port, None, is_master=rank == 0, timeout=wait, master_listen_fd=file)
     while True:
         try:
             number, fault, step = pipe.recv()
