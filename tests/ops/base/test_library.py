@@ -61,8 +61,13 @@ def test_the_key_of_compile_caches_depends_on_every_source_of_the_ops(tmp_path: 
 
 
 def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in knows which device is the current one; tensors of another one are fakes, for which no GPU is needed."""
-    current, seen = [0], []
+    """A stand-in for torch's guard keeps the current device, which need not exist. The tensors are fakes on another device.
+
+    Where there are GPUs, torch makes fakes on these alone: the last one, so that one GPU will do.
+    """
+    other = torch.cuda.device_count() - 1 if torch.cuda.is_available() else 1
+    present = other + 1
+    current, seen = [present], []
 
     class Guard:
         def __init__(self, index: int) -> None:
@@ -83,13 +88,13 @@ def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatc
     op = define("test_guarded(Tensor x, Tensor? y=None, int n=0) -> Tensor", run, run, run)
     monkeypatch.setattr(torch.cuda, "_DeviceGuard", Guard)
     with FakeTensorMode():
-        here, there = torch.empty(2), torch.empty(2, device="cuda:1")
+        here, there = torch.empty(2), torch.empty(2, device=f"cuda:{other}")
     op._op_dk(DispatchKey.CUDA, there)
     op._op_dk(DispatchKey.CUDA, here, there)
     with pytest.raises(ValueError):  # noqa: PT011 - its own
         op._op_dk(DispatchKey.CUDA, there, None, 1)
-    assert seen == [1, 1, 1]
+    assert seen == [other] * 3
     op._op_dk(DispatchKey.CUDA, torch.empty(2))
     op(torch.empty(2))
-    assert seen[3:] == [0, 0]
-    assert current == [0]
+    assert seen[3:] == [present] * 2
+    assert current == [present]
