@@ -10,7 +10,7 @@ PYTEST := python -m pytest -n $(JOBS) --dist worksteal
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 
-.PHONY: demo test test-all test-fast test-torch lint format bench gpu fuzz soak sanitize lock audit clean
+.PHONY: demo test test-all test-fast test-torch test-gpu lint format bench gpu fuzz soak sanitize lock audit clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -38,6 +38,17 @@ build/torch-%/.ready: pyproject.toml
 
 test-torch: build/torch-$(VERSION)/.ready  ## the inner loop with another torch: by default the oldest that moecomm takes
 	build/torch-$(VERSION)/bin/$(PYTEST) -m "not slow" -W ignore::DeprecationWarning $(ARGS)
+
+# The tests that put tensors on a GPU, if there is one. With PYTHON=..., by that Python and what is installed in it; nothing is downloaded.
+ON_GPU := tests/ops tests/layer/test_static_gpu.py tests/faults/test_threads.py tests/compile/test_report.py
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
+
+test-gpu: JOBS = 8
+test-gpu: $(if $(filter file,$(origin PYTHON)),$(READY))  ## what a GPU can show: under 5 minutes on 16 cores
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "nothing was tested: torch of $(GPU_PYTHON) finds no GPU here"; exit 2; }
+	$(GPU_PYTHON) -m pytest $(ON_GPU) -m "not exhaustive" -p no:benchmark -W ignore::DeprecationWarning \
+		$$($(GPU_PYTHON) -c 'from importlib.util import find_spec; print("-n $(JOBS) --dist worksteal" if find_spec("xdist") else "")') $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
