@@ -107,9 +107,9 @@ def test_weights_that_are_not_finite_are_counted(dtype: torch.dtype, device: str
             assert message[:, NOT_FINITE].tolist() == [wrong] * 4
 
 
-def test_count_passes_opcheck() -> None:
-    for tokens, k in ((5, 2), (0, 2), (1, 1)):
-        opcheck(count, (routing(tokens, k, 4, seed=tokens), 4, 2, SIGNATURE, torch.zeros(tokens, k, dtype=torch.int32)))
+def test_count_passes_opcheck(device: str) -> None:
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
-        opcheck(count, (routing(tokens, k, 4, seed=tokens), 4, 2, SIGNATURE))
-        opcheck(rank_keys, (routing(tokens, k, 4, seed=tokens), 4, 2))
+        experts = routing(tokens, k, 4, seed=tokens).to(device)
+        opcheck(count, (experts, 4, 2, SIGNATURE))
+        opcheck(count, (experts, 4, 2, SIGNATURE, torch.zeros(tokens, k, dtype=torch.int32, device=device)))
+        opcheck(rank_keys, (experts, 4, 2))

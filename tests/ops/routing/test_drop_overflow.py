@@ -74,9 +74,9 @@ def test_places_may_be_others_than_the_experts(device: str) -> None:
         check(experts, 4, 2, most, device, places)
 
 
-def test_fit_passes_opcheck() -> None:
+def test_fit_passes_opcheck(device: str) -> None:
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
-        experts = routing(tokens, k, 4, seed=tokens)
+        experts = routing(tokens, k, 4, seed=tokens).to(device)
         _, position = bounded_sort(count(experts, 4, 2, [], None)[0], 2, 2)
         opcheck(fit, (experts, experts, position, 2))
         opcheck(fit, (experts, experts, position, 1))

@@ -124,10 +124,10 @@ def test_experts_with_the_same_ranks_send_a_token_to_one_of_them() -> None:
         assert (ranks == ranks[:, :1]).all()
 
 
-def test_place_passes_opcheck() -> None:
+def test_place_passes_opcheck(device: str) -> None:
     for placement in PLACEMENTS[1]:
         held = torch.tensor(placement)
         opcheck(placement_table, (held, most(placement), CPU), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
         table, _ = placement_table(held, most(placement), CPU)
         for tokens, k in ((5, 1), (0, 1), (1, 1)):
-            opcheck(place, (routing(tokens, k, most(placement), seed=tokens), table, most(placement), 1, ""))
+            opcheck(place, (routing(tokens, k, most(placement), seed=tokens).to(device), table.to(device), most(placement), 1, ""))

@@ -13,10 +13,10 @@ from moecomm.ops.routing.slot_bytes import message_cpu, message_fake, message_tr
 from tests.ops.cases import assert_same_layout, guarded, routing, seeded, strided
 
 
-def test_unpack_passes_opcheck() -> None:
+def test_unpack_passes_opcheck(device: str) -> None:
     for received, k, local, dtype, width in ((3, 2, 4, torch.float32, 10), (0, 2, 4, torch.float32, 10), (2, 3, 300, torch.bfloat16, 12)):
         message = torch.randint(0, 256, (received, width), dtype=torch.uint8, generator=seeded(k))
-        opcheck(unpack_slots, (message, k, local, dtype))
+        opcheck(unpack_slots, (message.to(device), k, local, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -9,9 +9,9 @@ from moecomm.ops.rows.attach_loss import attach_loss, loss_gradient
 from tests.ops.cases import COMPOSED
 
 
-def test_attach_loss_passes_opcheck() -> None:
+def test_attach_loss_passes_opcheck(device: str) -> None:
     for shape in ((3, 4), (0, 2), ()):
-        x, loss = torch.ones(shape, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+        x, loss = torch.ones(shape, device=device, requires_grad=True), torch.tensor(2.0, device=device, requires_grad=True)
         opcheck(attach_loss, (x, loss, 0.5), test_utils=COMPOSED)
         opcheck(attach_loss, (x.detach(), loss, 0.5), test_utils=COMPOSED)
         opcheck(attach_loss, (x, loss.detach(), 0.5), test_utils=COMPOSED)

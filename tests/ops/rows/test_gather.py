@@ -78,14 +78,14 @@ def test_gather_of_nothing(device: str) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "k", "d", "extra"), [(4, 2, 3, 0), (3, 1, 2, 0), (3, 2, 2, 3), (0, 2, 3, 0)])
-def test_gradients_of_gather(tokens: int, k: int, d: int, extra: int) -> None:
-    order, position = indices(tokens, k, seed=3, extra=extra)
-    x = torch.randn(tokens, d, dtype=torch.float64, generator=seeded(3)).requires_grad_()
+def test_gradients_of_gather(tokens: int, k: int, d: int, extra: int, device: str) -> None:
+    order, position = (index.to(device) for index in indices(tokens, k, seed=3, extra=extra))
+    x = torch.randn(tokens, d, dtype=torch.float64, generator=seeded(3)).to(device).requires_grad_()
     assert gradcheck(lambda x: gather(x, order, position), x)
     assert gradgradcheck(lambda x: gather(x, order, position), x)
 
 
-def test_gather_passes_opcheck() -> None:
+def test_gather_passes_opcheck(device: str) -> None:
     for tokens, k, d, extra in ((5, 2, 3, 0), (5, 2, 3, 2), (4, 1, 7, 0), (0, 2, 3, 0), (3, 2, 0, 0), (1, 1, 1, 0)):
-        x = torch.randn(tokens, d, generator=seeded(d)).requires_grad_()
-        opcheck(gather, (x, *indices(tokens, k, seed=tokens, extra=extra)))
+        x = torch.randn(tokens, d, generator=seeded(d)).to(device).requires_grad_()
+        opcheck(gather, (x, *(index.to(device) for index in indices(tokens, k, seed=tokens, extra=extra))))

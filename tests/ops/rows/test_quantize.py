@@ -194,12 +194,12 @@ def test_strides_do_not_matter(wire: str, device: str) -> None:
             assert torch.equal(layout, before)
 
 
-def test_the_ops_pass_opcheck() -> None:
+def test_the_ops_pass_opcheck(device: str) -> None:
     for wire in WIRES:
         for tokens, d in ((5, 40), (0, 3), (2, 0), (1, 1)):
-            x = torch.randn(tokens, d, generator=seeded(d))
-            message = quantize(x, None, 1, wire)
-            for order in (None, *orders(tokens)):
+            x = torch.randn(tokens, d, generator=seeded(d)).to(device)
+            message, some, padding = quantize(x, None, 1, wire), *(order.to(device) for order in orders(tokens))
+            for order in (None, some, padding):
                 opcheck(quantize, (x, order, K, wire))
                 opcheck(dequantize, (message, order, K, d, torch.bfloat16, wire))
-            opcheck(quantized_rows, (message, orders(tokens)[0], K, d, wire), test_utils=TRACED)
+            opcheck(quantized_rows, (message, some, K, d, wire), test_utils=TRACED)

@@ -167,8 +167,8 @@ def test_the_number_of_threads_does_not_show() -> None:
 @pytest.mark.parametrize(
     ("tokens", "k", "d", "extra"), [(4, 2, 3, 0), (3, 1, 2, 0), pytest.param(3, 2, 2, 3, marks=pytest.mark.slow), (0, 2, 3, 0)]
 )
-def test_gradients_first_and_second(tokens: int, k: int, d: int, extra: int) -> None:
-    rows, weights, order, position, grad = case(tokens, k, d, torch.float64, torch.float64, extra)
+def test_gradients_first_and_second(tokens: int, k: int, d: int, extra: int, device: str) -> None:
+    rows, weights, order, position, grad = (x.to(device) for x in case(tokens, k, d, torch.float64, torch.float64, extra))
     rows, weights, grad = rows.requires_grad_(), weights.requires_grad_(), grad.requires_grad_()
     for function, inputs in (
         (lambda rows, weights: weighted_sum(rows, weights, order, position), (rows, weights)),
@@ -179,9 +179,9 @@ def test_gradients_first_and_second(tokens: int, k: int, d: int, extra: int) -> 
         assert gradgradcheck(function, inputs)
 
 
-def test_both_pass_opcheck() -> None:
+def test_both_pass_opcheck(device: str) -> None:
     for tokens, k, d, extra in ((5, 2, 3, 0), (5, 2, 3, 2), (4, 1, 7, 0), (0, 2, 3, 0), (3, 2, 0, 0), (1, 1, 1, 0)):
-        rows, weights, order, position, grad = case(tokens, k, d, torch.float32, torch.float32, extra)
+        rows, weights, order, position, grad = (x.to(device) for x in case(tokens, k, d, torch.float32, torch.float32, extra))
         rows, weights, grad = rows.requires_grad_(), weights.requires_grad_(), grad.requires_grad_()
         opcheck(weighted_sum, (rows, weights, order, position))
         opcheck(weighted_sum, (rows, None, order, position))
