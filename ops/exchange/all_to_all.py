@@ -25,8 +25,8 @@ RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) 
 def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group: str, what: str = "rows") -> Tensor:
     """Start the exchange of the rows of ``send``: the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S.
 
-    Without ``splits`` as many rows go to each rank and come from it. ``what`` is what an error says of them. Nobody else may have the
-    memory of ``send``: it is given back as soon as it was sent.
+    Without ``splits`` as many rows go to each rank and come from it. ``what`` is what an error says of them. Nobody may write to
+    ``send`` from here on: it is read until the exchange is waited for.
     """
     try:
         received = send.new_empty(size, *send.shape[1:])
@@ -38,7 +38,7 @@ def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group:
     out, into = (None, None) if splits is None else (splits[direction].numpy().tolist(), splits[1 - direction].numpy().tolist())
     ranks = process_group(group)
     work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=ranks, async_op=True)
-    register(received, work, what, ranks, send)
+    register(received, work, what, ranks)
     return received
 
 

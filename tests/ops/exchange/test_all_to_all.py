@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.library import opcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moecomm.ops.base.signature import ROOM
 from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange, return_exchange
@@ -145,20 +147,32 @@ def test_the_input_may_be_overwritten_while_the_exchange_is_in_flight() -> None:
         assert torch.equal(returned, blocks([here["back"] for here in held], [list(column) for column in zip(*pairs, strict=True)], rank))
 
 
-def memory_here(pairs: list[list[int]]) -> list[int]:
-    """The bytes that what was sent still holds, once it has been waited for."""
+def sent_here(pairs: list[list[int]]) -> tuple[list[bool], list[bool]]:
+    """Of each exchange, whether what was sent is as it was once waited for; and whether its memory is free once nobody holds it."""
     group, here = dist.group.WORLD.group_name, data(dist.get_rank(), pairs, 5)
     splits, sent, received = splits_of(pairs), here["order"].shape[0], here["weights"].shape[0]
-    with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+    start, held = dist.all_to_all_single, []
+
+    def keep(out: Tensor, send: Tensor, *rest: Any, **options: Any) -> Any:
+        held.append((send, send.clone()))
+        return start(out, send, *rest, **options)
+
+    with patch.object(dist, "all_to_all_single", keep):
         wait(dispatch_exchange(here["x"], here["order"], K, splits, received, group))
         wait(combine_exchange(here["rows"], here["weights"], here["order"], here["position"], splits, sent, group))
         wait(return_exchange(here["back"], splits, sent, group))
         wait(messages_exchange(torch.ones(2, 3, dtype=torch.int64), None, "numbers", group))
-    return [call.args[1].untyped_storage().nbytes() for call in exchange.call_args_list]
+    untouched = [send.untyped_storage().nbytes() >= send.nbytes and torch.equal(send, before) for send, before in held]
+    memory = [StorageWeakRef(send.untyped_storage()) for send, _ in held]
+    held.clear()
+    deadline = time.monotonic() + 30  # gloo's thread lets go of it by itself, as soon as it gets to run
+    while not all(each.expired() for each in memory) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return untouched, [each.expired() for each in memory]
 
 
-def test_the_memory_of_what_was_sent_is_free_once_it_was_waited_for() -> None:
-    assert run_ranks(memory_here, 2, PAIRS[2][0]) == [[0, 0, 0, 0]] * 2
+def test_what_was_sent_stays_whole_for_whoever_holds_it_and_its_memory_is_free_once_nobody_does() -> None:
+    assert run_ranks(sent_here, 2, PAIRS[2][0]) == [([True] * 4, [True] * 4)] * 2
 
 
 def opcheck_all(pairs: list[list[int]], d: int) -> None:
