@@ -112,8 +112,7 @@ def z_loss(logits: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: ``logits`` has a wrong type, dtype or shape, or is a DTensor with an unsupported
-            placement. Raised
-            before anything is sent.
+            placement. Raised before anything is sent.
 
     Example:
         >>> z_loss(torch.zeros(3, 4))  # log(4)^2
