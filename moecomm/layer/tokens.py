@@ -68,7 +68,8 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         ValueError: a leaf does not have the plan's T tokens, is on another device, or is a DTensor with other placements
             than the plan's; a wire is unknown.
         NotImplementedError: inside a torch.func transform that differentiates, or for dual tensors.
-        All of these are raised before anything is sent.
+        MoECommError: the plan has ``check=True``, and the ranks' calls differ in eager code. Raised on every rank.
+        All of these are raised before any token is sent.
 
     Example:
         >>> a_plan = plan(torch.tensor([[1], [0], [1]]), torch.ones(3, 1), num_experts=2)
@@ -206,8 +207,8 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
     Raises:
         TypeError: a leaf of ``rows`` is not a tensor or not of a floating dtype; ``plan`` is not a `Plan`.
         ValueError: a leaf does not have the plan's N rows, is on another device, or is a DTensor.
-        NotImplementedError, and errors of a wire: as `dispatch` does.
-        All of these are raised before anything is sent.
+        NotImplementedError, MoECommError, and errors of a wire: as `dispatch` does.
+        All of these are raised before any token is sent.
 
     Example:
         >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
