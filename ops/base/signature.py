@@ -26,7 +26,7 @@ ROOM = 1024  # words after the signature: a plan's slots, if they are few (slots
 LENGTH = WIDTH + ROOM
 DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
 GRADIENTS = ("of neither weights nor like", "of weights", "of like", "of weights and like")
-CHECKS = (False, True, "True in traced code")  # traced by torch.compile or make_fx: later calls are not compared, so it sends fewer messages
+CHECKS = (False, True, "True in traced code")  # traced by torch.compile or make_fx: later calls are not compared, so fewer messages
 REFUSES = " with arguments that it refuses"  # the index of such a call is larger by len(FUNCTIONS)
 MODULUS = 2**31 - 1  # of checksums: a compiled graph may compute them in int64, from symbolic sizes
 
@@ -97,7 +97,8 @@ def check_routing(messages: list[list[int]], most: int | None) -> None:
     if wrong:
         where = ", ".join(f"NaN or infinite in {m[NOT_FINITE]} slots on rank {rank}" for rank, m in wrong)
         raise MoECommError(f"weights was {where} of the group; with check=True it must be finite")
-    slots = sum(message[TOKENS] for message in messages) * k  # an upper bound on every rank's T * K sent and R * K received; all ranks know this sum
+    # An upper bound on every rank's T * K sent and R * K received; all ranks know this sum.
+    slots = sum(message[TOKENS] for message in messages) * k
     if most is not None and slots > most:
         shapes = ", ".join(f"[{message[TOKENS]}, {k}] on rank {rank}" for rank, message in enumerate(messages))
         raise MoECommError(
