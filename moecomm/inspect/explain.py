@@ -92,7 +92,7 @@ def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanatio
     Raises:
         TypeError: ``plan`` is not a `Plan`, or a leaf of ``x`` is not a tensor. Raised before anything is sent.
         ValueError: a leaf does not have the plan's T tokens. Raised before anything is sent.
-        MoECommError: a token of ``x`` has not the same number of bytes on every rank. Raised alike on every rank.
+        MoECommError: the bytes per token of ``x`` differ between ranks. Raised alike on every rank.
         For a wrong ``wire``: as `dispatch` does.
 
     Example:

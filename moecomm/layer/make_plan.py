@@ -102,7 +102,8 @@ def plan(
 
     Static mode (``max_rows=C``):
 
-    - All sizes follow from shapes: S = R = P * C and N = P * C * min(K, L). There is no host synchronization.
+    - All sizes follow from shapes: S = R = P * C and N = P * C * min(K, L). Without ``check`` there is no
+      host synchronization and no exchange of counts. No size in a compiled graph depends on the routing.
     - Rows at or after ``offsets[-1]`` are padding. `dispatch` fills them with zeros. `torch.nn.functional.grouped_mm`,
       `combine` and their backward passes ignore them. A sum of your own over rows must leave them out.
     - Each rank sends to each rank the first C of its tokens for that rank. C = T, the largest T of all ranks, has room
@@ -113,7 +114,8 @@ def plan(
 
     Backward: from the plan's weights to ``weights``, in one exchange.
 
-    Cost: one host synchronization, one small exchange of 8 KiB to each rank, and at most one exchange of the slots.
+    Cost without static mode: one small exchange of 8 KiB to each rank, one host synchronization, the only one of a layer, and
+    at most one exchange of the slots.
 
     Background: docs/plan.md has the choice of a replica, DTensors, ``check``, static mode and the costs in detail.
     """

@@ -44,7 +44,7 @@ def _splits_and_few(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor, Tensor]:
-    both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: a layer's host synchronization
+    both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: the layer's host sync
     out, messages = [row[0] for row in both], [row[1:] for row in both]
     check_routing(messages, MOST)
     pairs = [out, [message[PAIRS] for message in messages]]
