@@ -1,4 +1,4 @@
-"""The errors moecomm raises, in one voice: the argument, what came, what must come."""
+"""The errors of moecomm. Each names the argument, its value, and the value that it must have."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 class MoECommError(RuntimeError):
-    """What the ranks of a group passed does not fit together; raised alike on every rank of the group."""
+    """The ranks of a group passed arguments that do not fit together. Raised alike on every rank of the group."""
 
 
 class ExpertIdError(MoECommError, ValueError):
-    """Expert ids outside [-1, num_experts) on some rank; raised alike on every rank of the group."""
+    """An expert id is outside [-1, num_experts) on some rank. Raised alike on every rank of the group."""
 
 
 def wrong_value(argument: str, was: object, must: str) -> NoReturn:
-    """Raise the ValueError that every function of moecomm raises for a bad value."""
+    """Raise the ValueError that all functions of moecomm raise for a wrong value."""
     raise ValueError(f"{argument} was {was}; it must be {must}")
 
 
 def wrong_type(argument: str, was: object, must: str) -> NoReturn:
-    """Raise the TypeError that every function of moecomm raises for a bad type or dtype."""
+    """Raise the TypeError that all functions of moecomm raise for a wrong type or dtype."""
     raise TypeError(f"{argument} was {was}; it must be {must}")
 
 
 def check_tensor(argument: str, value: object, shape: str, dims: int | None = None) -> None:
-    """Raise unless ``value`` is a tensor (of ``dims`` dimensions, where given); ``shape`` describes it for the message."""
+    """Raise unless ``value`` is a tensor, with ``dims`` dimensions if given. ``shape`` is the text for the message."""
     if not isinstance(value, torch.Tensor):
         wrong_type(argument, type(value).__name__, f"a tensor {shape}")
     if dims is not None and value.dim() != dims:
@@ -39,7 +39,7 @@ def check_tensor(argument: str, value: object, shape: str, dims: int | None = No
 
 
 def check_experts(experts: torch.Tensor) -> None:
-    """Raise unless ``experts`` is [T, K], of an integer dtype that torch computes in."""
+    """Raise unless ``experts`` is [T, K], with an integer dtype in which torch can compute."""
     check_tensor("experts", experts, "[T, K]", dims=2)
     if experts.dtype not in INTEGERS:
         wrong_type("experts", f"of dtype {experts.dtype}", "of dtype int8, int16, int32, int64 or uint8")
@@ -58,9 +58,9 @@ def check_floating(argument: str, value: torch.Tensor) -> None:
 
 
 def check_reverse_mode(function: str, tensors: Iterable[object]) -> None:
-    """Raise where `torch.func` or forward-mode differentiation would differentiate ``function``, which has a reverse mode alone.
+    """Raise if `torch.func` or forward-mode differentiation would differentiate ``function``: it only has a reverse mode.
 
-    Torch itself says nothing where a custom op has no forward mode: the tangents are lost (2.13).
+    Torch itself raises nothing for a custom op without a forward mode: it loses the tangents (torch 2.13).
     """
     if torch.compiler.is_compiling():
         return
@@ -78,7 +78,10 @@ def check_reverse_mode(function: str, tensors: Iterable[object]) -> None:
 
 
 def differ(size: int, other: int) -> bool:
-    """Whether two sizes differ. Where the compiler cannot know it yet they do not, and the graph asserts that when it runs."""
+    """Whether two sizes differ.
+
+    While the compiler cannot know it, the answer is False. The graph then asserts at run time that the sizes are equal.
+    """
     if not torch.compiler.is_compiling() and isinstance(size, int) and isinstance(other, int):
         return size != other
     if guard_or_false(size != other):

@@ -1,6 +1,7 @@
-"""The functions of moecomm: stateless collectives for Mixture-of-Experts layers of your own.
+"""The functions of moecomm: stateless collectives for your own Mixture-of-Experts layers.
 
-A token walks one way: `route` -> `plan` -> `dispatch` -> (your experts) -> `combine`; the backward pass walks it in reverse.
+A token takes this path: `route` -> `plan` -> `dispatch` -> (your experts) -> `combine`. The backward pass takes it in
+reverse. docs/functions.md lists all functions.
 """
 
 from moecomm.inspect.explain import explain

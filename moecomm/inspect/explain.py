@@ -1,4 +1,4 @@
-"""explain: a plan as tables to read, as plain data and as a picture: who sends what to whom."""
+"""explain: who sends what to whom under a plan, as tables, plain data and a picture."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Table = list[list[int]]
 
 
 class Explanation(NamedTuple):
-    """What `explain` gives, alike on every rank: numbers, lists of a number a rank, and lists of such lists; ``print`` it, or `plot` it.
+    """The result of `explain`, the same on every rank: numbers, lists with one number per rank, and tables.
 
-    P ranks, L local experts. ``pairs[p][q]`` is what rank p sends to rank q.
+    ``print`` it, or call `plot`. P is the number of ranks, L of local experts. ``pairs[p][q]`` is what rank p sends to rank q.
     """
 
     tokens: list[int]  # [P]: T of each rank
-    pairs: Table  # [P, P]: (token, rank) pairs; a token of several experts of rank q is one
-    slots: Table  # [P, P]: these tokens' slots of rank q's experts
-    rows: Table  # [P, L]: the rows of each local expert of each rank
-    imbalance: float  # the most rows of a rank over the mean of the ranks; 1.0 is even, and where there are no rows
-    dropped: list[int] | None  # [P]: slots of each rank's tokens that have no row in static mode; None without it
-    bytes: Table | None  # [P, P]: what dispatch of x sends, padding of static mode included; the diagonal, which is not sent, is 0
+    pairs: Table  # [P, P]: (token, rank) pairs; a token with several experts on rank q counts once
+    slots: Table  # [P, P]: the slots of these tokens for experts of rank q
+    rows: Table  # [P, L]: the rows of each local expert on each rank
+    imbalance: float  # the most rows of a rank over the mean of the ranks; 1.0 if even, and if there are no rows
+    dropped: list[int] | None  # [P]: slots of each rank's tokens that static mode dropped; None without static mode
+    bytes: Table | None  # [P, P]: what dispatch of x sends, with the padding of static mode; the diagonal is 0 (not sent)
 
     def __str__(self) -> str:
         ranks = range(len(self.pairs))
@@ -55,9 +55,13 @@ class Explanation(NamedTuple):
         return "\n".join(text)
 
     def plot(self) -> Figure:
-        """Two heat maps: the pairs that each rank sends to each, and the rows of each local expert; needs matplotlib.
+        """Draw two heat maps: the pairs that each rank sends to each rank, and the rows of each local expert.
 
-        Returns the figure; ``figure.savefig("plan.png")`` writes it. Raises ImportError where there is no matplotlib.
+        Returns:
+            The matplotlib figure; ``figure.savefig("plan.png")`` writes it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure
@@ -71,43 +75,52 @@ class Explanation(NamedTuple):
 
 
 def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanation:
-    """Who sends what to whom under a plan, and which expert has how many rows: to print, to plot, or to compute with.
+    """Explain a plan: who sends what to whom, and how many rows each expert has. Collective over the plan's group.
 
-    Collective: every rank of the plan's group calls it, and each gets the same. It costs an all-gather of 3 + 2 * P + L numbers a rank, and
-    the host reads them: call it in eager code, when you want to look, and not in each step.
+    Every rank of the group calls it, and every rank gets the same result. You can print it, plot it or compute with it.
 
     Args:
-        plan: as `plan` gives it.
-        x: what would be dispatched, [T, ...], or a pytree of such tensors; only shapes and dtypes are looked at. With it the bytes
-            are counted that `dispatch` of it sends; `combine` of rows like it sends as many the other way.
-        wire: that of `dispatch` or `combine`, whose bytes are then counted.
+        plan: the result of `plan`.
+        x: what would be dispatched, [T, ...], or a pytree of such tensors; only shapes and dtypes are used. With x the result
+            also counts the bytes that `dispatch` of x sends. `combine` of such rows sends as many the other way.
+        wire: count the bytes for this ``wire`` of `dispatch` or `combine`.
 
-    Returns an `Explanation`, a NamedTuple of ints and lists. ``print`` shows it as tables; its ``plot()`` gives a matplotlib figure.
+    Returns:
+        An `Explanation`, a NamedTuple of numbers and lists. ``print`` shows it as tables; its ``plot()`` returns a matplotlib
+        figure.
 
-    Raises TypeError where ``plan`` is no `Plan` or a leaf of ``x`` no tensor, ValueError where one is not of the plan's T tokens, before
-    anything is sent, and for ``wire`` what `dispatch` does; `MoECommError`, alike on every rank, where a token of ``x`` has not as many
-    bytes on each. No backward.
+    Raises:
+        TypeError: ``plan`` is not a `Plan`, or a leaf of ``x`` is not a tensor. Raised before anything is sent.
+        ValueError: a leaf does not have the plan's T tokens. Raised before anything is sent.
+        MoECommError: the bytes per token of ``x`` differ between ranks. Raised alike on every rank.
+        For a wrong ``wire``: as `dispatch` does.
 
-    >>> print(explain(plan(torch.tensor([[2, 0], [2, -1], [1, 2]]), torch.ones(3, 2), num_experts=3)))
-    pairs (slots) that each rank sends
-            to rank 0  tokens
-    rank 0      3 (5)       3
-    <BLANKLINE>
-    rows of each rank's local experts
-            expert 0  expert 1  expert 2  rows
-    rank 0         1         1         3     5
-    <BLANKLINE>
-    imbalance 1.00: the most rows of a rank over the mean
+    Example:
+        >>> print(explain(plan(torch.tensor([[2, 0], [2, -1], [1, 2]]), torch.ones(3, 2), num_experts=3)))
+        pairs (slots) that each rank sends
+                to rank 0  tokens
+        rank 0      3 (5)       3
+        <BLANKLINE>
+        rows of each rank's local experts
+                expert 0  expert 1  expert 2  rows
+        rank 0         1         1         3     5
+        <BLANKLINE>
+        imbalance 1.00: the most rows of a rank over the mean
+
+    Backward: none.
+
+    Cost: one all-gather of 3 + 2 * P + L numbers per rank, and one host synchronization. Call it in eager code when you want to
+    look, not in every step.
     """
     if not isinstance(plan, Plan):
         wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
     group, token = resolve_group(plan.group), _bytes_a_token(x, plan.tokens, wire)
     received = plan.weights.shape[0]
     from_each = [received // group.size] * group.size if plan.splits is None else plan.splits[1].numpy().tolist()
-    slots = (plan.row_position >= 0).sum(1)  # [R]: of each received pair; of padding 0
+    slots = (plan.row_position >= 0).sum(1)  # [R]: slots of each received pair; 0 for padding
     parts = slots.split(from_each)
     counts = torch.stack([count for part in parts for count in ((part > 0).sum(), part.sum())])  # [2 * P]
-    held = pad((plan.row_order >= 0).cumsum(0), (1, 0))  # [N + 1]: rows before each that are no padding
+    held = pad((plan.row_order >= 0).cumsum(0), (1, 0))  # [N + 1]: the number of real rows (not padding) before each row
     rows = held[plan.offsets.long()].diff(prepend=held[:1])  # [L]
     dropped = torch.zeros_like(counts[0]) if plan.dropped is None else plan.dropped.long()
     mine = torch.cat((counts.new_tensor([plan.tokens, token]), dropped[None], counts, rows))[None]  # [1, 3 + 2 * P + L]
@@ -116,7 +129,7 @@ def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanatio
 
 
 def _explanation(every: Table, static: bool, most: int) -> Explanation:
-    """Of what each rank has gathered; ``most`` are the rows that each sends to each in static mode."""
+    """The explanation made of all ranks' numbers; ``most`` is the rows that each rank sends to each in static mode."""
     ranks = len(every)
     tokens, of_token, dropped = (list(column) for column in list(zip(*every, strict=True))[:3])
     if len(set(of_token)) > 1:
@@ -135,7 +148,7 @@ def _explanation(every: Table, static: bool, most: int) -> Explanation:
 
 
 def _bytes_a_token(x: Any, tokens: int, wire: str | None) -> int:
-    """-1 where there is no x."""
+    """The bytes of one token of x; -1 without x."""
     if x is None:
         return -1
     size = 0
@@ -159,7 +172,7 @@ def _heat_map(axes: Any, table: Table, title: str, across: str, down: str) -> No
     image = axes.imshow(table, vmin=0, aspect="auto", cmap="viridis")
     axes.set(title=title, xlabel=across, ylabel=down)
     axes.locator_params(integer=True)
-    if len(table) * len(table[0]) <= 256:  # more numbers cannot be read
+    if len(table) * len(table[0]) <= 256:  # more numbers would be unreadable
         middle = image.norm.vmax / 2
         for p, row in enumerate(table):
             for q, value in enumerate(row):

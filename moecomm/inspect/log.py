@@ -1,4 +1,7 @@
-"""The logger "moecomm": at DEBUG a line for each plan that eager code makes. Importing it configures nothing."""
+"""The logger "moecomm": one line at level DEBUG for each plan that eager code makes.
+
+Importing this module configures no logging.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ LOGGER.addHandler(logging.NullHandler())
 
 
 def log_plan(plan: Plan, like: Sequence[Tensor]) -> None:
-    """Log the sizes of a plan, from what the host knows of it: nothing is read from the device.
+    """Log the sizes of a plan. Reads nothing from the device.
 
-    Code that is traced logs nothing: its sizes are not known then, and its graph shall have no break for a line of text.
+    Traced code logs nothing: its sizes are unknown during tracing, and a log line must not break the graph.
     """
     if torch.compiler.is_compiling() or not LOGGER.isEnabledFor(logging.DEBUG):
         return
     received, k = plan.weights.shape
     sent = 0 if plan.send_order is None else plan.send_order.shape[0]
     rows = plan.row_order.shape[0]
-    if not all(isinstance(size, int) for size in (plan.tokens, sent, received, rows)):  # traced by other means than torch.compile
+    if not all(isinstance(size, int) for size in (plan.tokens, sent, received, rows)):  # traced, but not by torch.compile
         return
     to = [] if plan.splits is None else plan.splits[0].numpy().tolist()
     most = f" (at most {max(to)} to a rank, {max(to) * len(to) / sent:.2f} times the mean)" if sent and to else ""

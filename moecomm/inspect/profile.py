@@ -1,4 +1,4 @@
-"""Names in torch.profiler's traces for the steps of a layer."""
+"""Names for the steps of a layer in the traces of torch.profiler."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ Result = TypeVar("Result")
 
 
 def profiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """The function, whose time a running profiler records as that of ``moecomm.<its name>``; a check of a flag where none runs.
+    """Make a running profiler record the function's time as ``moecomm.<its name>``.
 
-    Compiled code has no ranges, for Inductor drops them (torch 2.13): there the ops' own names, ``moecomm::dispatch_exchange`` and so
-    on, tell the steps apart, as they do in the backward pass.
+    Without a running profiler the cost is the check of one flag. Compiled code has no such ranges, because Inductor drops them
+    (torch 2.13). There, and in the backward pass, the ops' own names tell the steps apart, such as
+    ``moecomm::dispatch_exchange``.
     """
     name = f"moecomm.{function.__name__}"
 

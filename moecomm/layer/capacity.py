@@ -1,4 +1,4 @@
-"""limit_by_capacity: no expert gets more slots than it has room for."""
+"""limit_by_capacity: drop the slots that are over their expert's capacity."""
 
 from __future__ import annotations
 
@@ -16,33 +16,42 @@ from moecomm.parallel.group import GroupLike, resolve_group
 
 
 def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: GroupLike = None) -> Tensor:
-    """``experts`` with -1 in each slot that is over its expert's capacity, so that no expert has more than ``capacity`` slots.
+    """Mark with -1 each slot that is over its expert's capacity, counted over all ranks of the group.
 
-    Who comes first is served first: slots count in the order of the ranks of the group, on a rank in the order of the tokens, and in
-    a token in that of its slots. As in GShard, arXiv 2006.16668, with the group's tokens as one group. `plan` then sends nothing for the
-    slots that were dropped; their weights are not shared out among the token's others.
+    Each expert keeps its first ``capacity`` slots. Slots count in a fixed order: by rank in the group, then by token,
+    then by slot within the token. This is the rule of GShard (arXiv 2006.16668), with all tokens of the group as one
+    GShard group. `plan` sends nothing for a dropped slot. The weights of the token's other slots stay unchanged.
 
     Args:
-        experts: [T, K], of a signed integer dtype: the expert of each slot. A slot of -1 stays so and does not count; ids that are out
-            of range are left for `plan` to report. T may differ from rank to rank and may be 0.
+        experts: [T, K], signed integer dtype: the expert of each slot. A slot of -1 stays -1 and does not count. Ids
+            out of range stay unchanged; `plan` reports them. T may differ between ranks and may be 0.
         num_experts: E, the same on all ranks.
-        capacity: how many slots an expert takes from all ranks together, 0 or more, the same on all ranks; often
+        capacity: the most slots that an expert takes from all ranks together; 0 or more, the same on all ranks. Often
             ``ceil(factor * K * (all ranks' T) / E)`` with a factor of 1 to 2.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
 
-    A DTensor goes in as its local shard: on each mesh dim Shard(0) over its tokens, or, where the group does not span it, Replicate.
+    Returns:
+        [T, K], with the dtype of ``experts``. The input is not modified. A DTensor gives a DTensor with the same
+        placements.
 
-    Returns [T, K], of ``experts``' dtype; ``experts`` itself is not changed. Of a DTensor, one that is placed alike.
+    Raises:
+        TypeError, ValueError: an argument is wrong on this rank, or a DTensor has an unsupported placement. Raised
+            before anything is sent.
 
-    Costs one all-gather of E counts, and no host sync. No backward: the ids are integers.
+    Example:
+        >>> limit_by_capacity(torch.tensor([[0, 1], [0, 2], [1, 0]]), num_experts=3, capacity=2)
+        tensor([[ 0,  1],
+                [ 0,  2],
+                [ 1, -1]])
 
-    Raises TypeError or ValueError for an argument that is wrong on this rank, or a DTensor that is placed otherwise, before anything is
-    sent. That ranks differ in E cannot be seen here, and the exchange fails or hangs.
+    DTensors: the local shard goes in. On each mesh dim the placement is Shard(0) over the tokens. It may also be
+    Replicate on a dim that the group does not span.
 
-    >>> limit_by_capacity(torch.tensor([[0, 1], [0, 2], [1, 0]]), num_experts=3, capacity=2)
-    tensor([[ 0,  1],
-            [ 0,  2],
-            [ 1, -1]])
+    Backward: none, because the ids are integers.
+
+    Cost: one all-gather of E counts; no host synchronization.
+
+    Limit: ranks that differ in E are not detected here. The exchange then fails or hangs.
     """
     ranks = resolve_group(group)
     if (like := routed_like({"experts": experts}, ranks)) is not None:
@@ -57,27 +66,30 @@ def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: G
         if value < least:
             wrong_value(name, value, f"{least} or more")
     slots = count_slots(experts, num_experts)
-    first = slots.starts  # [E]: the place of each expert's first slot, of all ranks', in this rank's order
+    first = slots.starts  # [E]: the position of each expert's first slot over all ranks, relative to this rank's order
     if ranks.size > 1:
         mine = slots.counts.unsqueeze(0)  # [1, E]
         counts = all_gathered(start_all_gather(mine, ranks.size, ranks.name), mine, ranks.size)  # [P, E]
-        earlier = take_slice(counts.cumsum(0) - counts, 0, 1, ranks.size, ranks.name)  # [1, E] the slots of the ranks before this one
+        earlier = take_slice(counts.cumsum(0) - counts, 0, 1, ranks.size, ranks.name)  # [1, E]: slots on the ranks before this one
         first = first - earlier.squeeze(0)
-    served = slots.position - pad(first, (0, 1))[slots.keys]  # [T, K]: how many slots the expert has before this one
+    served = slots.position - pad(first, (0, 1))[slots.keys]  # [T, K]: the expert's slots before this one
     return experts.masked_fill((served >= capacity) & (slots.keys < num_experts), -1)
 
 
 class Slots(NamedTuple):
-    """The slots of this rank's tokens in the order of their experts; those that are no expert's, -1 or out of range, come last."""
+    """This rank's slots, sorted by expert. Slots of -1 or of an id out of range come last."""
 
-    keys: Tensor  # [T, K] int64: a slot's expert, or E
-    position: Tensor  # [T, K] int32: its place in that order
-    starts: Tensor  # [E] int64: the first place of each expert
-    counts: Tensor  # [E] int64: its slots
+    keys: Tensor  # [T, K] int64: the slot's expert, or E if it has none
+    position: Tensor  # [T, K] int32: the slot's position in the sorted order
+    starts: Tensor  # [E] int64: each expert's first position
+    counts: Tensor  # [E] int64: each expert's number of slots
 
 
 def count_slots(experts: Tensor, num_experts: int) -> Slots:
-    """How many slots each expert has here, and which; exact, and without a host sync, unlike `torch.bincount`."""
+    """Count and sort the slots of each expert on this rank.
+
+    The counts are exact. There is no host synchronization, unlike in `torch.bincount`.
+    """
     keys = experts.long()
     keys = keys.where((keys >= 0) & (keys < num_experts), num_experts)
     _, position, ends = counting_sort(keys, num_experts + 1, keys.numel())

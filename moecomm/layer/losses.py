@@ -1,4 +1,7 @@
-"""What keeps a router in balance: load_balance_loss, z_loss and update_bias; and attach_loss, which brings a loss into a backward pass."""
+"""Losses and biases that balance the router: load_balance_loss, z_loss, update_bias, attach_loss.
+
+`attach_loss` attaches a loss to an activation, so that the backward pass reaches the loss.
+"""
 
 from __future__ import annotations
 
@@ -18,47 +21,57 @@ from moecomm.parallel.slices import slice_gather
 
 
 def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike = None) -> Tensor:
-    """The auxiliary loss of Switch and GShard: E * sum over e of f_e * p_e; 1 where all experts get as much, E where one gets all.
+    """The auxiliary load-balancing loss of Switch and GShard: E * sum over e of f_e * p_e.
 
-    f_e is the part of the slots that expert e has, and p_e the mean of its probabilities, both over the tokens of all ranks of the group:
-    arXiv 2101.03961. Over a group the loss is that of the whole batch, which need not be balanced on each rank.
+    f_e is the fraction of all slots that expert e has. p_e is the mean probability of expert e. Both are taken over the
+    tokens of all ranks of the group (arXiv 2101.03961). The loss is 1 where all experts get the same share, and E where
+    one expert gets everything. Over a group it is the loss of the whole batch; a single rank may be unbalanced.
 
     Args:
-        probabilities: [T, E], of a floating dtype: what the router gives each expert, ``logits.softmax(-1)``. Sigmoid scores go in as
-            ``scores / scores.sum(-1, keepdim=True)``, since the loss is 1 in balance only where a token's add up to 1. T may differ from
-            rank to rank and may be 0.
-        experts: [T, K], of an integer dtype: the experts that `route` chose, before `limit_by_capacity`, whose limit would hide from the
-            loss what is over it. A slot of -1 counts for no expert, and a token without any expert counts for nothing.
+        probabilities: [T, E], floating dtype: the router's probabilities, ``logits.softmax(-1)``. Pass sigmoid scores as
+            ``scores / scores.sum(-1, keepdim=True)``: the loss is 1 in balance only if each token's values sum to 1.
+            T may differ between ranks and may be 0.
+        experts: [T, K], integer dtype: the experts that `route` chose, before `limit_by_capacity`. After that limit the
+            loss would not see the slots over capacity. A slot of -1 counts for no expert. A token without any expert is
+            ignored.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
 
-    Returns a scalar, float32 (float64 for float64 probabilities), the same on all ranks; 0 without tokens.
+    Returns:
+        A float32 scalar (float64 for float64 probabilities), the same on all ranks; 0 without tokens. For DTensors see
+        below.
 
-    Of DTensors, each of Shard(0) over its tokens or, where the group does not span the mesh dim, Replicate: a DTensor, since it is one
-    number for the mesh, as one process has it: that loss, Replicate, where the group's ranks are all those that have different tokens;
-    else the mean over the groups, Partial over the mesh dims along which they differ.
+    Raises:
+        TypeError, ValueError: an argument is wrong on this rank, or a DTensor has an unsupported placement. Raised
+            before anything is sent.
 
-    Costs one all-gather of 2 E + 1 numbers, and one exchange of as many in the backward; no host sync. Of DTensors, the backward sends
-    nothing where the group's ranks are all of one or more mesh dims: the gradient that comes is the same on all of them.
+    Example:
+        >>> probabilities = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+        >>> load_balance_loss(probabilities, torch.tensor([[0], [1]]))
+        tensor(1.)
+        >>> load_balance_loss(probabilities, torch.tensor([[0], [0]]))
+        tensor(1.2500)
 
-    Backward: to ``probabilities``, through p alone. It is the gradient of the sum of all ranks' losses, as of all that ranks compute:
-    averaged over the ranks, as data parallelism does, the gradients of parameters are those of the one loss of the group. Of DTensors it
-    is the gradient of the one number, which is not to be averaged.
+    Backward: to ``probabilities``, through p only. The gradient is that of the sum of all ranks' losses. If the gradients
+    of parameters are averaged over the ranks, as in data parallelism, they are those of the group's one loss.
 
-    Raises TypeError or ValueError for an argument that is wrong on this rank, or a DTensor that is placed otherwise, before anything is
-    sent.
+    Cost: one all-gather of 2 E + 1 numbers, and one exchange of the same size in the backward; no host synchronization.
 
-    >>> probabilities = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-    >>> load_balance_loss(probabilities, torch.tensor([[0], [1]]))
-    tensor(1.)
-    >>> load_balance_loss(probabilities, torch.tensor([[0], [0]]))
-    tensor(1.2500)
+    DTensors:
+
+    - Each is Shard(0) over its tokens. It may also be Replicate on a mesh dim that the group does not span.
+    - The result is a DTensor: one number for the whole mesh, the same as on one process.
+    - If the group contains all ranks with different tokens, the result is the group's loss, Replicate.
+    - Otherwise it is the mean over the groups, Partial over the mesh dims along which they differ.
+    - The gradient is that of this one number. Do not average it over the ranks.
+    - If the group consists of all ranks of one or more mesh dims, the backward sends nothing: the incoming gradient is
+      then the same on all of them.
     """
     ranks = resolve_group(group)
     like = routed_like({"probabilities": probabilities, "experts": experts}, ranks)
     if like is None:
         return _balance(probabilities, experts, ranks, "reduce")
     covered, alike = alike_over(like, ranks)
-    # Where all ranks of the group have the one loss they have its gradient, too, and each takes what is for its own addend.
+    # If all ranks of the group have the one loss, they also have its gradient: each rank takes the slice for its own part.
     loss = _balance(to_local(probabilities), to_local(experts), ranks, "slice" if covered else "reduce")
     return placed_mean(loss, like.device_mesh, alike)
 
@@ -76,7 +89,7 @@ def _balance(probabilities: Tensor, experts: Tensor, ranks: Group, grad: Literal
     slots = count_slots(experts, num_experts)
     routed = (slots.keys < num_experts).any(1)  # [T]
     sums = probabilities.to(dtype).masked_fill(~routed.unsqueeze(1), 0).sum(0)  # [E]
-    stats = torch.cat((slots.counts.to(dtype), sums, routed.sum(0, keepdim=True).to(dtype)))  # [2 E + 1]: one message
+    stats = torch.cat((slots.counts.to(dtype), sums, routed.sum(0, keepdim=True).to(dtype)))  # [2 E + 1], sent as one message
     if ranks.size > 1:
         stats = slice_gather(stats.unsqueeze(0), ranks.name, grad=grad).sum(0)
     counts, sums, tokens = stats.split((num_experts, num_experts, 1))
@@ -85,24 +98,33 @@ def _balance(probabilities: Tensor, experts: Tensor, ranks: Group, grad: Literal
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)^2, which keeps logits small: arXiv 2202.08906.
+    """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)^2.
+
+    It keeps the logits small (arXiv 2202.08906).
 
     Args:
-        logits: [T, E], of a floating dtype. A logit of -inf is an expert that the token may not have; a token of -inf alone counts for
-            nothing.
+        logits: [T, E], floating dtype. A logit of -inf marks an expert that the token may not choose. A token whose
+            logits are all -inf is ignored.
 
-    Returns a scalar, float32 (float64 for float64 logits), in which it is computed: this rank's mean, 0 without tokens. Sends nothing.
+    Returns:
+        A scalar: this rank's mean, 0 without tokens. It is computed and returned in float32 (float64 for float64
+        logits). For DTensors see below.
 
-    Of a DTensor, of Shard(0) over its tokens or Replicate on each mesh dim: a DTensor, the mean over the tokens of the mesh, as one process
-    has it, and as DTensor's own means Partial where the tokens are sharded. How many count is one all-reduce of one number for each such
-    mesh dim.
+    Raises:
+        TypeError, ValueError: ``logits`` has a wrong type, dtype or shape, or is a DTensor with an unsupported
+            placement. Raised before anything is sent.
+
+    Example:
+        >>> z_loss(torch.zeros(3, 4))  # log(4)^2
+        tensor(1.9218)
 
     Backward: to ``logits``.
 
-    Raises TypeError or ValueError where ``logits`` is no such tensor, or a DTensor that is placed otherwise, before anything is sent.
+    Cost: sends nothing for a plain tensor.
 
-    >>> z_loss(torch.zeros(3, 4))  # log(4)^2
-    tensor(1.9218)
+    DTensors: on each mesh dim the placement is Shard(0) over the tokens, or Replicate. The result is a DTensor: the mean
+    over the tokens of the mesh, the same as on one process. It is Partial where the tokens are sharded, like DTensor's
+    own means. For each such mesh dim one all-reduce of one number counts the tokens.
     """
     if not isinstance(logits, DTensor):
         total, tokens = _z(logits)
@@ -116,44 +138,53 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 def _z(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of what z_loss is the mean of, and over how many tokens."""
+    """The sum of logsumexp(logits)^2 over the counted tokens, and the number of these tokens."""
     check_tensor("logits", logits, "[T, E]", dims=2)
     check_floating("logits", logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     masked = (logits == -torch.inf).all(1)  # [T]
     logits = logits.masked_fill(masked.unsqueeze(1), 0)
     highest = logits.detach().amax(1)  # [T]
-    # Not torch.logsumexp, which cannot be traced where T is unbacked (torch 2.13).
+    # torch.logsumexp cannot be traced where T is unbacked (torch 2.13).
     z = ((logits - highest.unsqueeze(1)).exp().sum(1).log() + highest).masked_fill(masked, 0)  # [T]
     return z.square().sum(), (~masked).sum()
 
 
 @torch.no_grad()
 def update_bias(bias: Tensor, experts: Tensor, speed: float = 1e-3, group: GroupLike = None) -> Tensor:
-    """The next `route` bias of auxiliary-loss-free balancing: raised by ``speed`` for experts below the mean load, lowered above it.
+    """The next `route` bias of auxiliary-loss-free balancing: ``bias + speed * sign(mean load - load)``.
 
-    ``bias + speed * sign(mean load - load)``, where an expert's load is how many slots it has on all ranks of the group: arXiv 2408.15664,
-    whose speed is 0.001. Called once a step, after the optimizer's: ``bias.copy_(update_bias(bias, experts, group=group))``.
+    The bias rises by ``speed`` for experts below the mean load, and falls by ``speed`` for experts above it. The load of an
+    expert is its number of slots on all ranks of the group (arXiv 2408.15664, with a speed of 0.001). Call it once a step,
+    after the optimizer's step: ``bias.copy_(update_bias(bias, experts, group=group))``.
 
     Args:
-        bias: [E], of a floating dtype, the same on all ranks; float32 is best, as a small step may be lost in a lower precision.
-        experts: [T, K], of an integer dtype: the experts that `route` chose; a slot of -1 is no expert's load. T may differ from rank to
-            rank and may be 0.
+        bias: [E], floating dtype, the same on all ranks. Prefer float32: a lower precision may lose a small step.
+        experts: [T, K], integer dtype: the experts that `route` chose. A slot of -1 counts for no expert. T may differ
+            between ranks and may be 0.
         speed: the size of the step.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
 
-    DTensors go in as their local shards: experts of Shard(0) over its tokens or, where the group does not span the mesh dim, Replicate;
-    ``bias`` of Replicate on each mesh dim.
+    Returns:
+        [E], with the dtype of ``bias``, the same on all ranks. The input is not modified. If ``bias`` is a DTensor, the
+        result is a DTensor with the same placements.
 
-    Returns [E], of bias' dtype, the same on all ranks; ``bias`` itself is not changed. Where it is a DTensor, one that is placed alike.
+    Raises:
+        TypeError, ValueError: an argument is wrong on this rank, or a DTensor has an unsupported placement. Raised
+            before anything is sent.
+        ValueError: both are DTensors, and the mesh of ``experts`` holds other tokens than the group's ranks.
+            These ranks would get different biases.
 
-    Costs one all-reduce of E counts, which are integers and so exact, and no host sync. No backward.
+    Example:
+        >>> update_bias(torch.zeros(3), torch.tensor([[0], [0], [1], [2], [0], [1]]), speed=0.5)
+        tensor([-0.5000,  0.0000,  0.5000])
 
-    Raises TypeError or ValueError for an argument that is wrong on this rank, or a DTensor that is placed otherwise, before anything is
-    sent; ValueError where both are DTensors and experts' mesh has other tokens than the group's, as its ranks would get different biases.
+    DTensors: the local shards go in. ``experts`` is Shard(0) over its tokens. It may also be Replicate on a mesh dim that
+    the group does not span. ``bias`` is Replicate on each mesh dim.
 
-    >>> update_bias(torch.zeros(3), torch.tensor([[0], [0], [1], [2], [0], [1]]), speed=0.5)
-    tensor([-0.5000,  0.0000,  0.5000])
+    Backward: none.
+
+    Cost: one all-reduce of E counts; no host synchronization. The counts are integers, so their sum is exact.
     """
     ranks = resolve_group(group)
     like = routed_like({"experts": experts}, ranks)
@@ -172,41 +203,51 @@ def update_bias(bias: Tensor, experts: Tensor, speed: float = 1e-3, group: Group
     load = count_slots(experts, bias.shape[0]).counts  # [E]
     if ranks.size > 1:
         load = all_reduced(load, ranks.name)
-    behind = load.sum() - bias.shape[0] * load  # in integers: an expert at the mean stays
+    behind = load.sum() - bias.shape[0] * load  # integers: the bias of an expert exactly at the mean does not change
     return bias + speed * behind.sign().to(bias.dtype)
 
 
 def attach_loss(x: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
-    """``x``, and in its backward pass ``loss`` gets the gradient ``scale``: as if ``scale * loss`` were added to what is differentiated.
+    """Return ``x`` and attach ``loss`` to it: the backward pass through the result gives ``loss`` the gradient ``scale``.
 
-    So a layer needs to hand no loss of its own through the model: a pipeline stage sends on one activation, and the backward pass that
-    comes back through it is that of the last stage's loss plus ``scale`` times the losses attached on the way.
+    The effect is as if ``scale * loss`` were added to the loss that is differentiated. So no layer has to pass its own loss
+    through the model. A pipeline stage sends on one activation. The backward pass through it includes the last stage's
+    loss and ``scale`` times each loss attached on the way.
 
         y = attach_loss(combine(rows, plan), load_balance_loss(probabilities, experts, group), 0.01 / ranks)
         return x + y
 
-    Where the last loss is divided (by the ranks whose gradients are summed, by accumulated microbatches), divide ``scale`` alike. The
-    schedules of torch.distributed.pipelining divide all gradients by the microbatches afterwards, and so those of attached losses too:
-    what is trained is the mean over the microbatches.
-
     Args:
-        x: of any shape and a floating dtype: any activation on the way from ``loss`` to what is differentiated.
-        loss: a scalar, of a floating dtype. Either of the two may be a DTensor; whatever the placements of a loss that is one, its gradient
-            is the one number ``scale`` on all ranks, as where it is added to another DTensor.
-        scale: the gradient of ``loss``. It does not depend on the gradient of ``x``: a loss scaled for low precision needs it scaled alike.
+        x: floating dtype, any shape: any activation between ``loss`` and the loss that is differentiated.
+        loss: a scalar, floating dtype.
+        scale: the gradient of ``loss``. It does not depend on the gradient of ``x``: if the last loss is scaled for low
+            precision, multiply ``scale`` by the same factor.
 
-    Returns ``x``, as a view; the zero-bubble schedules take no view as a stage's output, so do not make it the last step of one. Sends
-    nothing.
+    Returns:
+        ``x``, as a view. The zero-bubble pipeline schedules accept no view as a stage's output, so do not make this the
+        last step of such a stage.
 
-    Backward: to ``x``, its gradient; to ``loss``, ``scale``, once for each backward pass that reaches the result, and nothing where none
-    does.
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype or shape.
 
-    Raises TypeError or ValueError for an argument that is none of these.
+    Example:
+        >>> x, loss = torch.ones(2, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+        >>> attach_loss(x, loss, scale=0.5).sum().backward()
+        >>> x.grad, loss.grad
+        (tensor([1., 1.]), tensor(0.5000))
 
-    >>> x, loss = torch.ones(2, requires_grad=True), torch.tensor(3.0, requires_grad=True)
-    >>> attach_loss(x, loss, scale=0.5).sum().backward()
-    >>> x.grad, loss.grad
-    (tensor([1., 1.]), tensor(0.5000))
+    Backward: ``x`` gets its gradient unchanged. ``loss`` gets ``scale`` once for each backward pass that reaches the
+    result, and nothing if none does.
+
+    Cost: sends nothing.
+
+    Scaling: if the last loss is divided, divide ``scale`` by the same number. Examples are a division by the ranks whose
+    gradients are summed, or by accumulated microbatches. The schedules of torch.distributed.pipelining divide all gradients
+    by the number of microbatches afterwards, those of attached losses included. The model then trains on the mean over the
+    microbatches.
+
+    DTensors: ``x``, ``loss`` or both may be DTensors. Whatever the placements of ``loss``, its gradient is the one number
+    ``scale`` on all ranks, as if the loss were added to another DTensor.
     """
     check_tensor("x", x, "of any shape")
     check_floating("x", x)

@@ -17,7 +17,10 @@ Placement: TypeAlias = Sequence[Sequence[int]] | Tensor
 
 
 def as_tensor(placement: Placement, ranks: int) -> Tensor:
-    """[P, L]: ``placement`` as a tensor on the CPU; raises where it is not of this shape. The ids are checked where they are read."""
+    """``placement`` as a [P, L] tensor on the CPU.
+
+    Raises where the shape or dtype is wrong. The ids are checked later, by the code that reads them.
+    """
     if isinstance(placement, Tensor):
         if placement.dim() != 2:
             wrong_value("placement", f"of shape {list(placement.shape)}", "of shape [P, L]")
@@ -43,7 +46,7 @@ def as_tensor(placement: Placement, ranks: int) -> Tensor:
 
 
 def check_experts_of(tensors: Sequence[Tensor], local: int) -> None:
-    """Raise where a tensor is not [L, ...], of the placement's L local experts."""
+    """Raise unless every tensor is [L, ...], where L is the number of local experts in the placement."""
     for tensor in tensors:
         if tensor.dim() == 0 or tensor.shape[0] != local:
             wrong_value(
@@ -52,7 +55,7 @@ def check_experts_of(tensors: Sequence[Tensor], local: int) -> None:
 
 
 def checked_rows(placement: Placement, group: Group) -> list[list[int]]:
-    """The experts of each rank, checked."""
+    """The placement as a list of experts per rank, after all checks."""
     rows = as_tensor(placement, group.size).numpy().tolist()
     check_rows(rows, max(map(max, rows)) + 1)
     return rows

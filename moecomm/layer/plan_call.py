@@ -1,4 +1,4 @@
-"""What a plan is made of, once it is known to be right: the arguments of `plan`, checked, and the places of the experts."""
+"""The checked arguments of `plan`, and the places of the experts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Routing(NamedTuple):
     experts: Tensor  # [T, K]
     weights: Tensor  # [T, K]
     num_experts: int
-    places: Tensor  # [T, K]: of the P * L places of experts; without a placement these are the experts
-    placed: Tensor | None  # [T, K]: of the ranks; None without a placement
+    places: Tensor  # [T, K]: the expert's place among P * L; without a placement this is the expert's id
+    placed: Tensor | None  # [T, K]: the rank of the slot; None without a placement
     local: int  # L
     signed: list[int]  # what the ranks must agree on
     check: bool
@@ -40,14 +40,17 @@ def make_routing(
     align: int,
     group: Group,
 ) -> Routing:
-    """Raises where an argument is wrong."""
+    """Check the arguments of `plan` and find the places of the experts.
+
+    Raises where an argument is wrong.
+    """
     _check(experts, weights, num_experts, group.size if placement is None else None, like, max_rows, align)
     local, checksum, places, placed = num_experts // group.size, -1, experts, None
     if placement is not None:
         where = as_tensor(placement, group.size)  # [P, L]
         local = where.shape[1]
         table, checksum = placement_table(where, num_experts, experts.device)
-        places, placed = place(experts, table, num_experts, group.size, group.name)  # [T, K] each: of the P * L places, and of the P ranks
+        places, placed = place(experts, table, num_experts, group.size, group.name)  # [T, K] each: the place among P * L, and the rank
     _check_numbers(experts, local, max_rows, align, group.size)
     signed = signature(experts, weights, num_experts, like, checksum, max_rows, check)
     return Routing(experts, weights, num_experts, places, placed, local, signed, check, align, group)
@@ -85,7 +88,7 @@ def _check(
 
 
 def _check_numbers(experts: Tensor, local: int, max_rows: int | None, align: int, ranks: int) -> None:
-    """Raise unless int32 indices can number the slots and the rows, as far as this rank knows how many there are."""
+    """Raise unless int32 indices can number the slots and the rows, as far as this rank knows their number."""
     k, rows = experts.shape[1], 0
     if max_rows is not None:
         check_slots(experts, MOST)

@@ -1,4 +1,4 @@
-"""route: each token's experts and their weights, from the router's logits."""
+"""route: choose each token's experts and their weights from the router's logits."""
 
 from __future__ import annotations
 
@@ -25,49 +25,58 @@ def route(
     top_groups: int = 1,
     group_score: Literal["top2", "max"] = "top2",
 ) -> tuple[Tensor, Tensor]:
-    """Each token's K experts, those with the highest scores, and their weights.
+    """Choose for each token the K experts with the highest scores, and compute their weights.
 
     Args:
-        logits: [T, E], of a floating dtype. An expert whose logit is -inf is never chosen: where fewer than K others are left, the
-            token's last slots are dropped (id -1, weight 0). So a row of -inf is a token that goes nowhere, such as padding. A DTensor
-            is Shard(0) or Replicate on each mesh dim, and so are then the results.
-        k: K, the experts a token.
-        score: what a logit becomes: its "softmax" over the E experts, or its "sigmoid".
-        normalize: whether a token's K weights are divided by their sum. The softmax then is that over the K chosen experts alone: softmax
-            before top-k, renormalised, and softmax after top-k are the same function. With K = 1 all weights then are ``scale``, and no
-            gradient reaches ``logits``.
-        scale: a factor of all weights, after ``normalize``.
-        bias: [E], of a floating dtype: added to the scores for the choice, and only for it; gets no gradient. `update_bias` makes the
-            next one. Auxiliary-loss-free balancing, arXiv 2408.15664.
-        num_groups: G, where the experts stand in G equal groups, one behind the other, such as those of a node.
-        top_groups: in how many groups, those with the highest group scores, a token may have its experts. Group-limited
+        logits: [T, E], floating dtype. An expert whose logit is -inf is never chosen. If a token has fewer than K others, its
+            last slots are dropped (id -1, weight 0). So a row of -inf drops the whole token, for example padding.
+        k: K, the experts per token.
+        score: the score of a logit: its "softmax" over the E experts, or its "sigmoid".
+        normalize: whether a token's K weights are divided by their sum. The softmax is then a softmax over the K chosen
+            experts: softmax before top-k with renormalization and softmax after top-k are the same function. With K = 1
+            all weights are then ``scale``, and ``logits`` get no gradient.
+        scale: a factor for all weights, applied after ``normalize``.
+        bias: [E], floating dtype: added to the scores for the choice only; gets no gradient. `update_bias` makes the next
+            one. Auxiliary-loss-free balancing, arXiv 2408.15664.
+        num_groups: G: the experts form G equal groups of consecutive ids, such as the experts of a node.
+        top_groups: a token may have experts in this many groups, those with the highest group scores. Group-limited
             (node-limited) routing, arXiv 2405.04434 and 2412.19437.
-        group_score: of a group's experts' scores, the sum of the "top2", as in DeepSeek-V3, or the "max", as in DeepSeek-V2.
+        group_score: the score of a group: the sum of the "top2" of its experts' scores, as in DeepSeek-V3, or their "max", as
+            in DeepSeek-V2.
 
-    Returns ``weights`` [T, K], float32 (float64 for float64 logits; all is computed in that dtype), and ``experts`` [T, K], int64, as
-    torch indexes with it, by descending score. Of equal scores the lower id comes first, on every device; without a bias it is the
-    logits that are compared, which differ where scores round to the same number. NaN counts as the highest, as in `torch.topk`: a
-    token with a NaN among its logits has a NaN among its weights, and other tokens are as they were.
+    Returns:
+        ``weights`` [T, K], float32 (float64 for float64 logits); all computation is in that dtype.
+        ``experts`` [T, K], int64, torch's index dtype, by descending score.
 
-    Backward: from the weights to ``logits``; none through the choice.
+    Raises:
+        TypeError, ValueError: an argument is wrong.
 
-    Raises TypeError or ValueError for an argument that is wrong.
+    Example:
+        >>> logits = torch.tensor([[0.25, 0.5, 0.25, 1.0], [1.0, 3.0, 2.0, 2.0]]).log()
+        >>> weights, experts = route(logits, k=2)
+        >>> experts
+        tensor([[3, 1],
+                [1, 2]])
+        >>> weights
+        tensor([[0.6667, 0.3333],
+                [0.6000, 0.4000]])
 
-    As in the published models:
+    Published models:
 
     - Switch: ``route(logits, 1, normalize=False)``
     - Mixtral: ``route(logits, 2)``
     - DeepSeek-V2: ``route(logits, 6, normalize=False, scale=16.0, num_groups=8, top_groups=3, group_score="max")``
     - DeepSeek-V3: ``route(logits, 8, score="sigmoid", scale=2.5, bias=bias, num_groups=8, top_groups=4)``
 
-    >>> logits = torch.tensor([[0.25, 0.5, 0.25, 1.0], [1.0, 3.0, 2.0, 2.0]]).log()
-    >>> weights, experts = route(logits, k=2)
-    >>> experts
-    tensor([[3, 1],
-            [1, 2]])
-    >>> weights
-    tensor([[0.6667, 0.3333],
-            [0.6000, 0.4000]])
+    Backward: from the weights to ``logits``. The choice itself has no gradient.
+
+    Ties: of equal scores the lower id comes first, on every device. Without a bias the logits are compared: they can differ
+    where scores round to the same number.
+
+    NaN: it counts as the highest score, as in `torch.topk`. A token with a NaN among its logits has a NaN among its weights.
+    Other tokens are not affected.
+
+    DTensors: on each mesh dim ``logits`` is Shard(0) or Replicate. The results have the same placements.
     """
     if isinstance(logits, DTensor):
         check_whole("logits", logits)
@@ -81,7 +90,8 @@ def route(
     with torch.no_grad():
         ranked = logits
         if bias is not None or num_groups > 1:
-            scores = _scores(logits, score).nan_to_num(0)  # [T, E]: one NaN makes a token's softmax all NaN, but is itself to be chosen
+            # One NaN logit makes the token's whole softmax NaN. Only the expert with the NaN shall rank highest.
+            scores = _scores(logits, score).nan_to_num(0)  # [T, E]
             scores = torch.where(logits.isfinite(), scores if bias is None else scores + bias.to(logits.dtype), logits)
             ranked = logits if bias is None else scores
             if num_groups > 1:
@@ -92,7 +102,7 @@ def route(
         index = experts.clamp(min=0)
     if normalize:
         chosen = _finite(logits.gather(1, index).masked_fill(dropped, -torch.inf))
-        # A sum of scores can round to zero; their logarithms need no division.
+        # A sum of scores can round to zero. A softmax of their logarithms needs no division by it.
         weights = (chosen if score == "softmax" else _log_sigmoid(chosen)).softmax(1)
     elif score == "softmax":
         weights = _scores(logits, score).gather(1, index)
@@ -111,12 +121,15 @@ def _log_sigmoid(logits: Tensor) -> Tensor:
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """With the lowest number for -inf: the same softmax, but no NaN, forward or backward, in a row of nothing else."""
+    """Replace -inf by the lowest finite number.
+
+    The softmax stays the same. A row of only -inf gives no NaN, forward or backward.
+    """
     return logits.clamp(min=torch.finfo(logits.dtype).min)
 
 
 def _eligible(scores: Tensor, num_groups: int, top_groups: int, group_score: str) -> Tensor:
-    """[T, G] bool: whether a token may have experts in a group, by scores [T, E]."""
+    """[T, G] bool: the groups in which a token may have experts, from scores [T, E]."""
     size = scores.shape[1] // num_groups
     best = scores.unflatten(1, (num_groups, size)).topk(1 if group_score == "max" else min(2, size)).values  # [T, G, 1 or 2]
     masked = best == -torch.inf

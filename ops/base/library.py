@@ -1,4 +1,4 @@
-"""The torch.library that the ops are defined in, and Triton where the platform has it."""
+"""The torch.library in which the ops are defined, and Triton if the platform has it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on this platform: CPU tensors never need it
+except ImportError:  # this platform has no Triton; CPU tensors never need it
     triton = tl = None
 
 LIBRARY = torch.library.Library("moecomm", "FRAGMENT")
 
 
-ROOMS = Path(__file__).parents[1], Path(__file__).parents[2] / "compile"  # the ops and DTensor's rules for them
+ROOMS = Path(__file__).parents[1], Path(__file__).parents[2] / "compile"  # the ops, and the DTensor rules for them
 
 
 def checksum(*folders: Path) -> str:
-    """The checksum of all sources in the folders and below them."""
+    """The checksum of all Python sources in the folders and their subfolders."""
     sources = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
@@ -33,18 +33,18 @@ def checksum(*folders: Path) -> str:
     return sources.hexdigest()[:16]
 
 
-# The caches of torch.compile know an op by its name alone (2.13): without this, a graph from before an upgrade would be loaded after it,
-# with the backward that its ops had then. So the key has the checksum of what the compiler traces into after it has made the key. The tag
-# is torch's own means for that; what the user has in it stays.
+# The caches of torch.compile identify an op by its name only (torch 2.13). After an upgrade of moecomm they would load an old graph, with
+# the old backward of its ops. So the cache key includes a checksum of the code that the compiler traces into after it has made the key.
+# cache_key_tag is torch's own setting for this; the user's own value stays in it.
 torch.compiler.config.cache_key_tag += f" moecomm {checksum(*ROOMS)}"
 
 
 def jit(kernel: Callable[..., Any] | None = None, *, varies: Sequence[str] = ()) -> Any:
-    """``triton.jit`` where there is Triton; the kernel untouched, and never launched, elsewhere.
+    """``triton.jit`` if Triton is there. Without Triton it returns the kernel unchanged; such a kernel is never launched.
 
-    ``varies`` are the integer arguments that differ from call to call, such as T. Triton compiles a kernel anew for an argument that is 1,
-    and for one that is a multiple of 16: two of them make up to nine kernels, compiled in the middle of a training. Those that stay as
-    they are, such as D, or along which a kernel loads, are better left out.
+    ``varies`` names the integer arguments that differ from call to call, such as T. Triton compiles a kernel again for an
+    argument that is 1, and for one that is a multiple of 16. Two such arguments give up to nine kernels, compiled in the middle
+    of a training. Leave out arguments that stay constant, such as D, and those along which a kernel loads.
     """
     if kernel is None:
         return partial(jit, varies=varies)
@@ -52,16 +52,16 @@ def jit(kernel: Callable[..., Any] | None = None, *, varies: Sequence[str] = ())
 
 
 def on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
-    """``cuda``, with the device of its first tensor that is on one as the current device.
+    """Run ``cuda`` with the device of its first CUDA tensor as the current device.
 
-    Triton launches on the current device, wherever its arguments are, and torch sets that for its own kernels alone.
+    Triton launches on the current device, wherever the arguments are. Torch sets the current device for its own kernels only.
     """
 
     @wraps(cuda)
     def call(*args: Any) -> Any:
         for arg in args:
             if isinstance(arg, Tensor) and arg.is_cuda:
-                with torch.cuda._DeviceGuard(arg.get_device()):  # what Inductor's code uses: two calls into C
+                with torch.cuda._DeviceGuard(arg.get_device()):  # Inductor's code uses the same: two calls into C
                     return cuda(*args)
         return cuda(*args)
 
@@ -69,7 +69,7 @@ def on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
-    """Define the op ``moecomm::<schema>`` with these implementations and give what calls it."""
+    """Define the op ``moecomm::<schema>`` with these implementations, and return its callable."""
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, cpu, "CPU")
@@ -79,7 +79,7 @@ def define(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda:
 
 
 def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Give an op its backward: ``save(ctx, inputs, output)`` in the forward, then ``backward(ctx, *gradients)``."""
+    """Give an op its backward: ``save(ctx, inputs, output)`` runs in the forward, then ``backward(ctx, *gradients)``."""
     torch.library.register_autograd(op.name(), backward, setup_context=save, lib=LIBRARY)
 
 
@@ -89,10 +89,13 @@ def block_of(size: int, most: int) -> int:
 
 
 def compute_dtype(dtype: torch.dtype) -> Any:
-    """What a kernel accumulates ``dtype`` in: float64 for float64, else float32."""
+    """The dtype in which a kernel accumulates ``dtype``: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def tokens_a_block(k: int) -> int:
-    """32, or fewer where a token has more than 256 slots: what a kernel has of a block, [tokens, K], stays in registers."""
+    """The tokens of a kernel's block: 32, or fewer if a token has more than 256 slots.
+
+    So a kernel's tensor [tokens, K] stays in registers.
+    """
     return max(1, 8192 >> max(8, (k - 1).bit_length()))

@@ -1,7 +1,7 @@
-"""What the ranks of a group must pass alike, as numbers: a part of the small message with which a function begins.
+"""The signature: what the ranks of a group must pass alike, as numbers in the small message that begins a function.
 
-Every function whose host reads before it sends begins with one all-to-all of rows of this width. So ranks that call different ones of
-them, or one with different arguments, all see it in that message, and raise the same error.
+Every function whose host reads before it sends begins with one all-to-all of rows of this width. If ranks call different
+functions, or the same one with different arguments, all of them see it in this message. They all raise the same error.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from moecomm.errors import ExpertIdError, MoECommError
 
-PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, NOT_FINITE, SIGNATURE = range(7)  # the columns of a message; the signature takes the rest
+PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, NOT_FINITE, SIGNATURE = range(7)  # the columns of a message; the signature has the remaining ones
 FUNCTIONS = ("plan", "plan with max_rows", "sync_params_", "sync_replicas_", "dispatch", "combine", "dispatch_quantized")
-SIGNED = (  # what the numbers of a signature mean
+SIGNED = (  # the meaning of a signature's numbers
     "function", "k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype", "like's other tensors", "placement",
     "max_rows", "requires_grad", "check",
 )  # fmt: skip
 WIDTH = SIGNATURE + len(SIGNED)
-ROOM = 1024  # words that follow: of the message of a plan, its slots, where they are few (slots_with_counts.py)
+ROOM = 1024  # words after the signature: a plan's slots, if they are few (slots_with_counts.py)
 LENGTH = WIDTH + ROOM
 DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
 GRADIENTS = ("of neither weights nor like", "of weights", "of like", "of weights and like")
-CHECKS = (False, True, "True in traced code")  # of torch.compile or make_fx: it compares no later calls, and so sends fewer messages
-REFUSES = " with arguments that it refuses"  # FUNCTIONS' index of such a call is as many more as there are FUNCTIONS
-MODULUS = 2**31 - 1  # of checksums: a compiled graph may compute them in int64, with sizes that it does not know
+CHECKS = (False, True, "True in traced code")  # traced by torch.compile or make_fx: later calls are not compared, so fewer messages
+REFUSES = " with arguments that it refuses"  # the index of such a call is larger by len(FUNCTIONS)
+MODULUS = 2**31 - 1  # of checksums: a compiled graph may compute them in int64, from symbolic sizes
 
 
 def signature(
@@ -40,16 +40,19 @@ def signature(
     max_rows: int | None = None,
     check: bool = False,
 ) -> list[int]:
-    """What the ranks must agree on, in the order of `SIGNED`; of the placement, and of like from its second tensor on, a checksum."""
+    """The values on which the ranks must agree, in the order of `SIGNED`.
+
+    The placement, and the tensors of like from the second on, appear as checksums.
+    """
     elements, dtype = (math.prod(like[0].shape[1:]), DTYPES.index(like[0].dtype)) if like else (-1, -1)
     others = -1
-    for leaf in like[1:]:  # by arithmetic: a size may be symbolic
+    for leaf in like[1:]:  # arithmetic only, because a size may be symbolic
         others = (
             (others + 2) * 1000003
             + (math.prod(leaf.shape[1:]) * 2 + int(leaf.requires_grad and torch.is_grad_enabled())) * len(DTYPES)
             + DTYPES.index(leaf.dtype)
         ) % MODULUS
-    gradients = 0  # where a rank has none, it takes no part in the exchanges of the others' backward pass
+    gradients = 0  # a rank without gradients skips the exchanges of the other ranks' backward pass
     if torch.is_grad_enabled():
         gradients = int(weights.requires_grad) + 2 * any(leaf.requires_grad for leaf in like)
     static = -1 if max_rows is None else max_rows
@@ -60,12 +63,15 @@ def signature(
 
 
 def traced() -> bool:
-    """Whether this makes a graph, by torch.compile or `make_fx`: later calls compare nothing there, for their host would read numbers."""
+    """Whether torch.compile or `make_fx` makes a graph of this code.
+
+    Traced code does not compare later calls: the host would have to read numbers.
+    """
     return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def check_agreed(messages: list[list[int]], signed: Sequence[str] = SIGNED) -> None:
-    """Raise, alike on every rank that has these messages of all ranks, where their signatures differ."""
+    """Raise if the ranks' signatures differ. Every rank has all messages, so every rank raises the same error."""
     end = SIGNATURE + len(signed)
     if all(message[SIGNATURE:end] == messages[0][SIGNATURE:end] for message in messages):
         return
@@ -77,7 +83,10 @@ def check_agreed(messages: list[list[int]], signed: Sequence[str] = SIGNED) -> N
 
 
 def check_routing(messages: list[list[int]], most: int | None) -> None:
-    """Raise, alike on every rank, where their signatures differ, an id is out of range, a weight not finite, or slots are over ``most``."""
+    """Raise, alike on every rank, if the ranks' arguments do not fit together.
+
+    The cases: signatures differ, an id is out of range, a weight is not finite, or there are more than ``most`` slots.
+    """
     check_agreed(messages)
     k, num_experts = (messages[0][SIGNATURE + SIGNED.index(what)] for what in ("k", "num_experts"))
     wrong = [(rank, m) for rank, m in enumerate(messages) if m[LOWEST] < -1 or m[HIGHEST] >= num_experts]
@@ -88,7 +97,8 @@ def check_routing(messages: list[list[int]], most: int | None) -> None:
     if wrong:
         where = ", ".join(f"NaN or infinite in {m[NOT_FINITE]} slots on rank {rank}" for rank, m in wrong)
         raise MoECommError(f"weights was {where} of the group; with check=True it must be finite")
-    slots = sum(message[TOKENS] for message in messages) * k  # no rank has more, T * K sent or R * K received, and all know this sum
+    # An upper bound on every rank's T * K sent and R * K received; all ranks know this sum.
+    slots = sum(message[TOKENS] for message in messages) * k
     if most is not None and slots > most:
         shapes = ", ".join(f"[{message[TOKENS]}, {k}] on rank {rank}" for rank, message in enumerate(messages))
         raise MoECommError(

@@ -1,7 +1,7 @@
-"""experts[t, j] = the expert with t's j-th highest score, of equal scores the lower id first; -1 where only scores of -inf are left.
+"""experts[t, j] = the expert with the j-th highest score of token t; ties: the lower id first; -1 where only scores of -inf are left.
 
-Costs one read of scores [T, E] and one write of experts [T, K], and K passes over a row in registers. NaN counts as the highest.
-Integers out: no backward; a gather of the scores carries the gradient.
+Costs one read of scores [T, E], one write of experts [T, K], and K passes over a row in registers. NaN counts as the highest score.
+No backward, since the result is integers: the gradient goes through a gather of the scores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecomm.ops.base.library import block_of, compute_dtype, define, jit, tl
 
-# An op, because in which order torch.topk gives equal scores is unspecified, and differs between devices.
+# An op, because torch.topk returns equal scores in an unspecified order that differs between devices.
 SCHEMA = "choose(Tensor scores, int k) -> Tensor"
 
 
@@ -20,12 +20,13 @@ def choose_fake(scores: Tensor, k: int) -> Tensor:
 
 
 def choose_cpu(scores: Tensor, k: int) -> Tensor:
-    # T = 4096, float32, K = 2 and 8 (torch 2.13, one EPYC core): E = 64: 0.9 and 13 ms, a stable sort 21, torch.topk, which breaks no
-    # ties, 7 and 11; E = 256: 7 and 31 to 39 ms, a stable sort 90, torch.topk 7 and 24, topk of int64 keys (score, id) 30 and 46.
+    # Times in ms for K = 2 and K = 8, with T = 4096, float32 (torch 2.13, one EPYC core). torch.topk does not break ties.
+    #   E = 64:  this loop 0.9 and 13, a stable sort 21, torch.topk 7 and 11.
+    #   E = 256: this loop 7 and 31 to 39, a stable sort 90, torch.topk 7 and 24, topk of int64 keys (score, id) 30 and 46.
     left = scores.clone()
     experts = choose_fake(scores, k)
     for j in range(k):
-        best, expert = left.max(1, keepdim=True)  # of equals, the first
+        best, expert = left.max(1, keepdim=True)  # the first of equal scores
         experts[:, j : j + 1] = expert.masked_fill_(best == -torch.inf, -1)
         left.scatter_(1, expert.clamp_(min=0), -torch.inf)
     return experts
@@ -40,7 +41,7 @@ def _choose_kernel(
     e = tl.arange(0, BLOCK)
     inside = (t < tokens)[:, None] & (e < num_experts)[None, :]
     score = tl.load(scores + t[:, None] * stride_t + e.to(tl.int64)[None, :] * stride_e, mask=inside, other=float("-inf")).to(FLOAT)
-    # Integers in the order of the scores, in which -0 equals 0, NaN is the highest and -inf, like what is taken, the lowest.
+    # Integer keys in the order of the scores. -0 equals 0, NaN is the highest; -inf and experts already chosen are the lowest.
     bits = tl.where(score == 0, tl.zeros_like(score), score).to(INT, bitcast=True)
     key = tl.where(bits < 0, bits ^ HIGHEST, bits)
     key = tl.where(score != score, HIGHEST, key)

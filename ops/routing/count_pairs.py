@@ -1,9 +1,9 @@
-"""keys[t, j] = rank of experts[t, j] where slot j is t's first for that rank, else -1; message[p] = (pairs, slots, ids, T, ...).
+"""keys[t, j] = rank of experts[t, j] if slot j is the first of token t for that rank, else -1; message[p] = (pairs, slots, ids, T, ...).
 
-Costs one read of experts [T, K] and one write of keys [T, K]; the message has [P, 6 + signature] numbers, whatever E is. Expert e is on
-rank e // (E / P), or each slot on the rank that ``placed`` says, [T, K] int32 as `place` gives them: one more read. `rank_keys` gives the
-keys alone.
-Integers only: no backward.
+Costs one read of experts [T, K] and one write of keys [T, K]. The message has [P, 6 + signature] numbers, whatever E is. Expert e is on
+rank e // (E / P). With ``placed`` [T, K] int32, as `place` returns it, each slot is on the rank given there: one more read. `rank_keys`
+computes the keys only.
+No backward: integers only.
 """
 
 from __future__ import annotations
@@ -69,14 +69,17 @@ def keys_cpu(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | Non
 
 
 def _ranks(experts: Tensor, num_experts: int, ranks: int, placed: Tensor | None) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """(rank of each slot [K, T], the same at a token's first slot for a rank and -1 elsewhere, lowest id, highest id)."""
-    ids = experts.numpy().T.astype(np.int64)  # [K, T]; any dtype of ids can be compared with num_experts now
+    """(rank of each slot [K, T], first [K, T], lowest id, highest id).
+
+    ``first`` is the rank where the slot is the token's first for that rank, and -1 elsewhere.
+    """
+    ids = experts.numpy().T.astype(np.int64)  # [K, T]; as int64, ids of any dtype can be compared with num_experts
     lowest, highest = (int(ids.min()), int(ids.max())) if ids.size else (-1, -1)
     if placed is not None:
         rank = placed.numpy().T.astype(np.int64)
     else:
         rank = ids // (num_experts // ranks)
-        if lowest < 0 or highest >= num_experts:  # a wrong id is reported, not followed
+        if lowest < 0 or highest >= num_experts:  # a wrong id is reported, not routed
             rank[(ids < 0) | (ids >= num_experts)] = -1
     rank = np.ascontiguousarray(rank)
     first = rank.copy()
@@ -94,14 +97,14 @@ def _count_kernel(
     j = tl.arange(0, K)
     inside = (t < tokens)[:, None] & (j < SLOTS_A_TOKEN)[None, :]
     ids = tl.load(experts + t.to(tl.int64)[:, None] * stride_t + j[None, :] * stride_k, mask=inside, other=0).to(tl.int64)  # [BLOCK, K]
-    ids = tl.where(inside, ids, -1)  # once it is an int64: there is no -1 among unsigned ids
+    ids = tl.where(inside, ids, -1)  # after the cast to int64, because unsigned ids have no -1
     slot = t.to(tl.int64)[:, None] * SLOTS_A_TOKEN + j[None, :]
     if PLACED:
         rank = tl.load(placed + slot, mask=inside, other=-1).to(tl.int64)
     else:
         rank = tl.where((ids >= 0) & (ids < num_experts), ids // local, -1)
     first = rank
-    for i in range(SLOTS_A_TOKEN - 1):  # all at once is a tensor [BLOCK, K, K]: with K = 128 it did not compile in six minutes
+    for i in range(SLOTS_A_TOKEN - 1):  # without the loop, a tensor [BLOCK, K, K]: for K = 128 it did not compile in six minutes
         if PLACED:
             other = tl.load(placed + t.to(tl.int64) * SLOTS_A_TOKEN + i, mask=t < tokens, other=-1).to(tl.int64)  # [BLOCK]
         else:
@@ -120,7 +123,7 @@ def _count_kernel(
 
 @jit(varies=("blocks", "tokens"))
 def _message_kernel(counts, message, blocks, tokens, num_experts, ranks, signature, BLOCK: tl.constexpr):
-    """The message to a rank: the sums over the blocks of tokens, and what is the same to all ranks."""
+    """The message to one rank: the sums over the blocks of tokens, and the numbers that are the same for all ranks."""
     p = tl.program_id(0)
     pairs, slots = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     lowest, highest = tl.zeros([BLOCK], tl.int64) + num_experts, tl.zeros([BLOCK], tl.int64) - 1
@@ -154,7 +157,7 @@ def count_triton(
     blocks = -(-experts.shape[0] // tokens_a_block(experts.shape[1]))
     counts = torch.empty(blocks, 2 * ranks + 2, dtype=torch.int64, device=experts.device)
     _launch(experts, num_experts, ranks, placed, keys, counts)
-    signed = tuple(signature)  # arguments of a kernel: a copy of the numbers from the host would wait for the device
+    signed = tuple(signature)  # passed as kernel arguments: a copy from the host would wait for the device
     _message_kernel[(ranks,)](counts, message, blocks, experts.shape[0], num_experts, ranks, signed, BLOCK=256)
     if weights is not None:
         message[:, NOT_FINITE] = _not_finite(weights)

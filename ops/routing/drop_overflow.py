@@ -1,7 +1,7 @@
-"""fits[t, j] = places[t, j] where slot j's (token, rank) pair has a position, else -1; dropped = the slots of an expert that do not fit.
+"""fits[t, j] = places[t, j] if slot j's (token, rank) pair has a position, else -1; dropped = slots with an expert that do not fit.
 
-Of a pair that has more than ``local`` slots, as it takes an expert twice to have, those after fit neither: so many rows has each pair.
-Costs two reads of [T, K] ids, one of positions and one write of as many int32. Integers only: no backward.
+A pair has ``local`` rows. If it has more slots, which takes a repeated expert, the slots after the first ``local`` do not fit either.
+Costs two reads of [T, K] ids, one read of positions and one write of [T, K] int32. No backward: integers only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def fit_fake(experts: Tensor, places: Tensor, position: Tensor, local: int) -> t
 
 
 def fit_cpu(experts: Tensor, places: Tensor, position: Tensor, local: int) -> tuple[Tensor, Tensor]:
-    rank = torch.div(places.long(), local, rounding_mode="floor")  # [T, K]; one out of range has no pair with a position
+    rank = torch.div(places.long(), local, rounding_mode="floor")  # [T, K]; an id out of range has no pair with a position
     together = rank.unsqueeze(2) == rank.unsqueeze(1)  # [T, K, K]
     sent = (together & (position >= 0).unsqueeze(1)).any(2)
     if experts.shape[1] > local:
         sent &= together.tril().sum(2) <= local
     fits = torch.where(sent, places.long(), -1).to(torch.int32, memory_format=torch.contiguous_format)
-    named = experts.long() != -1  # once it is an int64: uint8's 255 is equal to -1
+    named = experts.long() != -1  # as int64, because uint8's 255 equals -1
     return fits, (named.sum() - sent.sum()).to(torch.int32)
 
 
@@ -41,7 +41,7 @@ def _fit_kernel(
     place = tl.load(places + slot, mask=inside, other=0).to(tl.int64)
     rank = tl.where(inside & (place >= 0), place // local, -1)
     sent, so_far = tl.zeros([BLOCK, K], tl.int32), tl.zeros([BLOCK, K], tl.int32)
-    for i in range(SLOTS_A_TOKEN):  # all at once is a tensor [BLOCK, K, K], which takes minutes to compile from K = 128 on
+    for i in range(SLOTS_A_TOKEN):  # without the loop, a tensor [BLOCK, K, K], which takes minutes to compile from K = 128 on
         other = tl.load(places + t.to(tl.int64) * SLOTS_A_TOKEN + i, mask=t < tokens, other=0).to(tl.int64)  # [BLOCK]
         opens = tl.load(position + t.to(tl.int64) * SLOTS_A_TOKEN + i, mask=t < tokens, other=-1) >= 0
         together = rank == tl.where(other >= 0, other // local, -1)[:, None]
@@ -49,9 +49,9 @@ def _fit_kernel(
         so_far += (together & (j >= i)[None, :]).to(tl.int32)
     fit = (sent > 0) & (so_far <= local)
     tl.store(fits + slot, tl.where(fit, place, -1).to(tl.int32), mask=inside)
-    ids = tl.load(experts + slot, mask=inside, other=0).to(tl.int64)  # there is no -1 among unsigned ids
+    ids = tl.load(experts + slot, mask=inside, other=0).to(tl.int64)  # int64, because unsigned ids have no -1
     lost = (inside & (ids != -1) & (fit == 0)).to(tl.int32)
-    tl.atomic_add(dropped, tl.sum(tl.sum(lost, axis=1), axis=0))  # integers: the order of the atomics does not show
+    tl.atomic_add(dropped, tl.sum(tl.sum(lost, axis=1), axis=0))  # integers: the order of the atomics does not change the sum
 
 
 def fit_triton(experts: Tensor, places: Tensor, position: Tensor, local: int) -> tuple[Tensor, Tensor]:

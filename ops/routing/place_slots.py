@@ -1,7 +1,7 @@
-"""places[t, j] = rank * L + local slot of one of the replicas of experts[t, j], ranks[t, j] = its rank; -1 for an id outside [0, E).
+"""places[t, j] = rank * L + local slot of one replica of experts[t, j]; ranks[t, j] = its rank; both -1 for an id outside [0, E).
 
-Costs one read of experts [T, K] and two writes of as many int32; the table, E + 1 + P * L int32, is copied to the device, unwaited.
-Integers only: no backward.
+Costs one read of experts [T, K] and two writes of [T, K] int32. The table, E + 1 + P * L int32, is copied to the device without waiting.
+No backward: integers only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from moecomm.ops.base.process_group import process_group
 TABLE = "placement_table(Tensor placement, int num_experts, Device device) -> (Tensor, SymInt)"
 PLACE = "place(Tensor experts, Tensor table, int num_experts, int ranks, str group) -> (Tensor, Tensor)"
 
-# Token t of rank p is number i = t * P + p of the group, and takes replica floor(frac(i / golden ratio) * replicas). Any run of such
-# numbers, and any with a stride (every other token, one rank's), falls evenly on the replicas; i % replicas would do so for runs alone.
+# Token t of rank p has the number i = t * P + p in the group. It takes replica floor(frac(i / golden ratio) * replicas). Any run of
+# numbers is spread evenly over the replicas, also with a stride, such as every other token or the tokens of one rank. i % replicas would
+# be even only for runs without a stride.
 GOLDEN = 2654435769  # 2^32 / golden ratio
 MASK = 2**32 - 1
 
@@ -30,32 +31,33 @@ def table_fake(placement: Tensor, num_experts: int, device: torch.device) -> tup
 
 
 def table_cpu(placement: Tensor, num_experts: int, device: torch.device) -> tuple[Tensor, int]:
-    """Where each expert's places start, [E + 1], then the places of expert 0, of expert 1, ..., each in the order of the ranks.
+    """The table: the start of each expert's places [E + 1], then the places of expert 0, of expert 1, ..., each in rank order.
 
-    An op, so that a graph need not know the placement, which may change as training goes on; and so that it is checked there as well.
+    It is an op for two reasons: the placement may change during training, so a graph must not contain it; and compiled code
+    must check it too.
     """
     rows = placement.numpy().tolist()
     check_rows(rows, num_experts)
     flat = placement.flatten().long()
     starts = torch.bincount(flat, minlength=num_experts).cumsum(0)
     table = torch.cat((starts.new_zeros(1), starts, flat.sort(stable=True).indices)).to(torch.int32)
-    # 31 bits, of which the lowest is 1: as an argument of a kernel no placement then has another type, or is a multiple of 16, and
-    # Triton compiles nothing anew.
+    # 31 bits, the lowest always 1. As a kernel argument, every placement's checksum then has the same type and none is a multiple of 16, so
+    # Triton does not compile again.
     return upload(table, device), zlib.crc32(repr(rows).encode()) & 0x7FFFFFFF | 1
 
 
 def upload(indices: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, through pinned memory: the host does not wait for what the device has to do before.
+    """Copy a CPU tensor to the device through pinned memory; the host does not wait for earlier work of the device.
 
-    The pinned memory is free at once, for the allocator to give to others when the copy is done. What is captured in a CUDA graph copies
-    at every replay: memory that was allocated while its stream is captured, torch's allocator gives to nobody again (``free`` in
-    ATen/core/CachingHostAllocator.h of 2.11 and 2.13).
+    The host releases the pinned memory at once. The allocator reuses it when the copy is done. A captured CUDA graph repeats the
+    copy at every replay. This is safe: torch's allocator never reuses memory that was allocated during a stream's capture
+    (``free`` in ATen/core/CachingHostAllocator.h of 2.11 and 2.13).
     """
     return indices if device.type == "cpu" else indices.pin_memory().to(device, non_blocking=True)
 
 
 def check_rows(rows: list[list[int]], num_experts: int) -> None:
-    """Raise unless the ranks' experts are ids in range, different on a rank, and all experts together."""
+    """Raise unless each rank has different experts with ids in range, and all experts are on some rank."""
     for rank, row in enumerate(rows):
         if min(row) < 0 or max(row) >= num_experts:
             wrong_value("placement", f"{row} on rank {rank}", f"of ids in [0, num_experts) = [0, {num_experts})")
@@ -72,7 +74,7 @@ def place_fake(experts: Tensor, table: Tensor, num_experts: int, ranks: int, gro
 
 
 def _size_and_rank(table: Tensor, num_experts: int, ranks: int, group: str) -> tuple[int, int]:
-    """L, and the rank, which is looked up here and so is in no graph."""
+    """L and the rank. The rank is looked up at run time, so no graph contains it."""
     return (table.shape[0] - num_experts - 1) // ranks, process_group(group).rank() if ranks > 1 else 0
 
 
@@ -96,7 +98,7 @@ def _place_kernel(
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     t, j = i // k, i % k
-    # int64 before it is compared: an unsigned id of 255 is no -1
+    # int64 before the comparison: an unsigned id of 255 is not -1
     ids = tl.load(experts + t * stride_t + j * stride_k, mask=i < size, other=0).to(tl.int64)
     inside = (i < size) & (ids >= 0) & (ids < num_experts)
     first = tl.load(table + ids, mask=inside, other=0).to(tl.int64)

@@ -1,12 +1,15 @@
 """(S, R, N, splits, few) = the sums of the messages' pairs and slots; splits[0] = pairs to each rank, splits[1] = pairs from each.
 
-``few`` says whether the slots of every rank came with the messages. splits and few are CPU tensors.
+Costs one copy of the numbers of 2 * P messages to the host, whatever T and E are. Only this file reads from the device.
+No backward: integers only.
 
-This file alone reads from the device. `plan_sizes` costs one copy of the numbers of 2 * P messages, whatever T and E are. It raises the
-same error on every rank where signatures differ, an expert id is out of range, or int32 indices cannot number the slots.
-`read_sizes` is the same with (S, R, N) as one CPU tensor, for graphs that leave the process: torch.export writes down, and AOTInductor
-calls, ops whose results are tensors alone (torch 2.13). `checked`, for static mode, raises the same errors and returns the keys: what
-follows needs them, so no compiler removes the check. `read_list` is for code outside a layer's step. Integers only: no backward.
+- ``few`` says whether the slots of every rank came with the messages. ``splits`` and ``few`` are CPU tensors.
+- `plan_sizes` raises the same error on every rank if signatures differ, an expert id is out of range, or int32 indices cannot number the
+  slots.
+- `read_sizes` returns (S, R, N) as one CPU tensor, for graphs that leave the process. torch.export and AOTInductor support only ops whose
+  results are all tensors (torch 2.13).
+- `checked` raises the same errors in static mode and returns the keys. Later ops need the keys, so no compiler removes the check.
+- `read_list` is for code outside a layer's step.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ SCHEMA = "plan_sizes(Tensor sent, Tensor received) -> (SymInt, SymInt, SymInt, T
 
 
 def read_list(tensor: Tensor) -> list[Any]:
-    """The tensor's values, as nested lists: the host waits for the device."""
+    """The tensor's values as nested lists: a host synchronization."""
     return tensor.tolist()
 
 
@@ -41,11 +44,11 @@ def _splits_and_few(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor, Tensor]:
-    both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: the host sync of a layer
+    both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: the layer's host sync
     out, messages = [row[0] for row in both], [row[1:] for row in both]
     check_routing(messages, MOST)
     pairs = [out, [message[PAIRS] for message in messages]]
-    few = all(message[WIDTH:] == [1] for message in messages)  # a group of one sends none
+    few = all(message[WIDTH:] == [1] for message in messages)  # a group of one sends no slots
     return sum(pairs[0]), sum(pairs[1]), sum(message[SLOTS] for message in messages), torch.tensor(pairs), torch.tensor([few])
 
 
@@ -64,7 +67,7 @@ def checked_fake(received: Tensor, keys: Tensor) -> Tensor:
 
 def check(received: Tensor, keys: Tensor) -> Tensor:
     check_routing(read_list(received[:, :WIDTH]), None)
-    return keys.clone()  # an op may not give back its input
+    return keys.clone()  # an op may not return its input
 
 
 plan_sizes = define(SCHEMA, sizes_fake, sizes, sizes)

@@ -1,7 +1,7 @@
-"""message[i] = the slots of the pair order[i], in bytes: its token's K weights, and their local experts, -1 where one lives elsewhere.
+"""message[i] = the slots of pair order[i] as bytes: its token's K weights, then K local expert ids, -1 if the expert is on another rank.
 
-Costs K * (weight + 1, 2 or 4 bytes of id) bytes a (token, rank) pair. A pair that is padding, of order -1, has ids -1 and weights 0.
-`slots.py` and `slots_with_counts.py` send it.
+Costs K * (weight + 1, 2 or 4 bytes of id) bytes per (token, rank) pair. A padding pair, of order -1, has ids -1 and weights 0.
+`slots.py` and `slots_with_counts.py` send it. `slots.py` has the backward.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ UNPACK = "unpack_slots(Tensor message, int k, int local, ScalarType dtype) -> (T
 
 
 def _id_dtype(local: int) -> torch.dtype:
-    """The narrowest dtype of a local expert's id."""
+    """The narrowest dtype that holds a local expert id."""
     return torch.int8 if local <= 2**7 else torch.int16 if local <= 2**15 else torch.int32
 
 
 def width_of(k: int, local: int, dtype: torch.dtype) -> int:
-    """The bytes of a pair."""
+    """The bytes per pair."""
     return k * (dtype.itemsize + _id_dtype(local).itemsize)
 
 
 def _bytes(weights: Tensor) -> Tensor:
-    """[T, bytes of K weights]; an empty tensor is contiguous whatever its strides are, which `view` is particular about."""
+    """The weights as bytes: [T, bytes of K weights].
+
+    An empty tensor is contiguous with any strides, but `view` accepts only certain strides.
+    """
     return (
         weights.view(torch.uint8)
         if weights.stride() == (weights.shape[1], 1)
@@ -40,16 +43,16 @@ def message_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, 
 
 
 def message_cpu(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, local: int, padded: bool) -> Tensor:
-    """What is sent of each pair."""
+    """The bytes to send, one row per pair."""
     message = message_fake(experts, weights, keys, order, local, padded)
     k, split = experts.shape[1], experts.shape[1] * weights.itemsize
     pair, out = order.numpy(), message.numpy()
     if experts.shape[0] == 0:
-        pair = pair[:0]  # what there is is padding
+        pair = pair[:0]  # without tokens, every pair is padding
     token = pair // k
-    first = keys.flatten().numpy()[pair] * local  # [S] the first expert of the rank it goes to
-    ids = experts.numpy().astype(np.int32).take(token, axis=0) - first[:, None]  # [S, K]; take is several times as fast as [token]
-    ids |= -((ids < 0) | (ids >= local)).astype(np.int32)  # all bits: -1
+    first = keys.flatten().numpy()[pair] * local  # [S]: the first expert of the pair's destination rank
+    ids = experts.numpy().astype(np.int32).take(token, axis=0) - first[:, None]  # [S, K]; take is several times faster than [token]
+    ids |= -((ids < 0) | (ids >= local)).astype(np.int32)  # all bits set: -1
     out[: pair.size, :split] = _bytes(weights).numpy().take(token, axis=0)
     out[: pair.size, split:] = ids.astype(f"int{8 * _id_dtype(local).itemsize}").view(np.uint8)
     if padded:
@@ -64,7 +67,10 @@ def _pack_kernel(
     experts, weights, keys, order, message, pairs, local, stride_t, stride_k, stride_w,
     SLOTS_A_TOKEN: tl.constexpr, WEIGHTS: tl.constexpr, ID: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Byte by byte, since neither a row nor its ids need start where more than a byte is aligned: WEIGHTS of weights, then ID an id."""
+    """Copy byte by byte: a row and its ids may start at any byte, without alignment.
+
+    A row has WEIGHTS bytes of weights, then ID bytes per id.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     byte = tl.arange(0, WIDTH)
     pair = tl.load(order + row, mask=row < pairs, other=-1).to(tl.int64)
@@ -125,7 +131,7 @@ def _unpack_kernel(
     for b in tl.static_range(ID):
         value += tl.load(message + row * width + WEIGHTS + j * ID + b, mask=inside, other=0).to(tl.int32) << (8 * b)
     if ID < 4:
-        value = tl.where(value >> (8 * ID - 1) > 0, value - (1 << (8 * ID)), value)  # the sign
+        value = tl.where(value >> (8 * ID - 1) > 0, value - (1 << (8 * ID)), value)  # restore the sign
     tl.store(ids + row * SLOTS_A_TOKEN + j, value, mask=inside)
 
 

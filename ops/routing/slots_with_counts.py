@@ -1,9 +1,11 @@
-"""message[p] = the slots of all pairs for rank p, as `slot_bytes.py` has them, where those for each rank fit in ROOM words; else zeros.
+"""message[p] = the slots of all pairs for rank p, in the format of `slot_bytes.py`, if those for each rank fit in ROOM words; else zeros.
 
-It travels with the counts: a plan of few slots a rank, of few tokens or on very many ranks, is then one exchange and not two. Its first
-word says whether all slots of this rank are in its messages; `plan_sizes` reads it with the counts, and where it is so on every rank,
-`slots.py` takes the slots from the messages that came and sends nothing.
-Costs ROOM words a rank, and where they may fit one more sort of the keys. Integers and bytes: no backward.
+Costs ROOM words per rank, and one more sort of the keys if the slots may fit. It travels with the counts: a plan with few slots per rank
+then needs one exchange instead of two. Such plans have few tokens, or very many ranks.
+No backward: integers and bytes.
+
+The first word says whether all slots of this rank are in its messages. `plan_sizes` reads it with the counts. If it is set on every rank,
+`slots.py` takes the slots from the received messages and sends nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from moecomm.ops.routing.slot_bytes import message_cpu, message_triton, width_of
 
 SCHEMA = "few_slots(Tensor experts, Tensor weights, Tensor keys, int local, int ranks) -> Tensor"
 WORD = 8  # bytes
-FIRST = (WIDTH + 1) * WORD  # the byte of a whole message where the slots begin
-RANKS, BLOCK = 256, 1024  # counts that a program of the kernel adds up at a time, and bytes that it copies
+FIRST = (WIDTH + 1) * WORD  # the byte of a whole message at which the slots begin
+RANKS, BLOCK = 256, 1024  # per program of the kernel: counts added up at a time, and bytes copied
 
 
 def most_pairs(width: int) -> int:
-    """How many pairs of as many bytes fit in the message to a rank."""
+    """How many pairs of ``width`` bytes fit in the message to one rank."""
     return (ROOM - 1) * WORD // width
 
 
@@ -45,7 +47,7 @@ def few_cpu(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: i
 
 
 def take_cpu(messages: Tensor, splits: Tensor, width: int) -> Tensor:
-    """[R, width]: the slots that came, of the rows that come from each rank."""
+    """[R, width]: the received slots, from the rows of each rank."""
     rooms = messages.view(torch.uint8)[:, FIRST:]
     return torch.cat([room[: count * width] for room, count in zip(rooms, splits[1].numpy().tolist(), strict=True)]).view(-1, width)
 
@@ -55,7 +57,10 @@ def _copy_kernel(
     rooms, rows, counts, fits, ranks, stride, stride_count, most, width,
     ENDS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of rank p: with ENDS from rows, where counts are the ends of each rank's, to its room; without, from its room to rows."""
+    """Copy the rows of rank p between ``rows`` and its room in the message.
+
+    With ENDS: from rows to the room; counts are the ends of each rank's rows. Without ENDS: from the room to rows.
+    """
     p = tl.program_id(0)
     first, here, largest = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     for start in range(0, ranks, RANKS):
@@ -80,7 +85,8 @@ def few_triton(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks
     few = few_fake(experts, weights, keys, local, ranks).zero_()
     tokens, k = experts.shape
     most = most_pairs(width_of(k, local, weights.dtype))
-    if tokens * min(k, ranks) > ranks * most:  # they would not fit where all ranks get as many: the device alone knows, and need not try
+    # The slots would not fit even if evenly spread over the ranks. Only the device knows the true counts, so do not try.
+    if tokens * min(k, ranks) > ranks * most:
         return few
     order, _, ends = sort_triton(keys, ranks, tokens * k, padded=True)
     pairs = message_triton(experts, weights, keys, order, local, True)  # [T * K, bytes]

@@ -1,6 +1,7 @@
-"""attach_loss: y = x, a view of it.
+"""attach_loss: y = x, as a view.
 
-Costs nothing. Its backward hands the gradient of x on, and gives the loss the gradient ``scale``.
+Costs nothing.
+Its backward passes the gradient of x on unchanged, and gives the loss the gradient ``scale``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ def gradient_fake(grad: Tensor, scale: float, dtype: torch.dtype, device: torch.
 
 
 def gradient(grad: Tensor, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A constant; the gradient is an argument so that a compiler takes the loss's backward for a part of the backward pass.
+    """The constant ``scale``. It takes the gradient as an argument so that a compiler places the loss's backward in the backward pass.
 
-    Where it was a constant to the compiler, too, the loss's backward went into the forward graph, and once more, exchanges and all, into
-    the backward graph, where nobody used it (torch 2.13: an unused wait_tensor keeps what it waits for).
+    With a plain constant, the compiler put the loss's backward into the forward graph. It put it into the backward graph too,
+    exchanges included, where nothing used it (torch 2.13: an unused wait_tensor keeps what it waits for).
     """
     return grad.new_full((), scale, dtype=dtype, device=device)
 
@@ -40,11 +41,11 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shard = grad.to_local() if isinstance(grad, DTensor) else grad  # the loss is no DTensor, whatever x is
+        shard = grad.to_local() if isinstance(grad, DTensor) else grad  # the loss is a plain tensor, whatever x is
         return grad, loss_gradient(shard.detach(), *ctx.arguments), None
 
 
-# An op, which the compiler traces into, forward and backward: Dynamo warns where it meets an autograd.Function itself.
+# An op: the compiler traces into it, forward and backward. Dynamo warns if it meets an autograd.Function directly.
 LIBRARY.define("attach_loss(Tensor(a) x, Tensor loss, float scale) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("attach_loss", lambda *args: _AttachLoss.apply(*args), "CompositeImplicitAutograd")
 attach_loss = torch.ops.moecomm.attach_loss.default

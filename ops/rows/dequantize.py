@@ -1,7 +1,7 @@
-"""rows[n] = E4M3 * scale of message[order[n] // K], in a dtype, or its values and scales as they came; zeros where order[n] is -1.
+"""rows[n] = E4M3 * scale of message[order[n] // K], in a given dtype or as separate values and scales; zeros where order[n] is -1.
 
-Costs one read of N * (D + the scales') bytes and one write of N * D elements; `wire_formats.py` has the formats.
-Its mirror is `quantize`; neither has a backward: the ops of `dispatch_combine_wire.py`, which they are part of, pass the gradient as it is.
+Costs one read of N * (D + bytes of scales) bytes and one write of N * D elements. `wire_formats.py` has the formats.
+Its mirror is `quantize`. Neither has a backward: the ops of `dispatch_combine_wire.py` use them and pass the gradient unchanged.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def dequantize_cpu(message: Tensor, order: Tensor | None, k: int, d: int, dtype:
 
 def _dequantize(message: Tensor, rows: Tensor, wire: str) -> None:
     d, block = rows.shape[1], WIRES[wire].block
-    data, scales = message[:, :d], message[:, d:].clone(memory_format=torch.contiguous_format)  # whose bytes lie where a float32 may
+    data, scales = message[:, :d], message[:, d:].clone(memory_format=torch.contiguous_format)  # copied: aligned for float32
     if d % block:
         data = pad(data, (0, -d % block))
-    # torch 2.13 is slow to read this format. Moved by 7 bits, its exponent and mantissa are those of a float16, but for a factor of 2^8.
+    # torch 2.13 reads this format slowly. Shifted by 7 bits, exponent and mantissa are those of a float16, up to a factor of 2^8.
     halves = data.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
-    halves = halves.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # the sign is in bits 14 and 15
+    halves = halves.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # the sign is in bits 14 and 15; clear bit 14
     values = halves.view(torch.float16).to(torch.float32)
     sizes = data & 0x7F
     if sizes.max() == 0x7F:
@@ -47,7 +47,7 @@ def _dequantize(message: Tensor, rows: Tensor, wire: str) -> None:
     factors = scales.view(torch.float32) if WIRES[wire].scale == torch.float32 else (scales.to(torch.int32) << 23).view(torch.float32)
     values = values.unflatten(1, (-1, block)).mul_(factors.unsqueeze(2)).mul_(2.0**8).flatten(1)
     most = torch.finfo(rows.dtype).max
-    rows.copy_(values[:, :d].clamp_(-most, most))  # what was rounded up past it
+    rows.copy_(values[:, :d].clamp_(-most, most))  # rounding up may have passed the largest number
 
 
 @jit(varies=("n",))
@@ -68,14 +68,14 @@ def _dequantize_kernel(
     bits = tl.sum(parts << (8 * byte)[None, None, :], 2)  # [ROWS, GROUP]
     scale = (bits if SCALE == 4 else bits << 23).to(tl.float32, bitcast=True)
     values = values * scale[:, :, None]
-    values = tl.where(values > MOST, MOST, tl.where(values < -MOST, -MOST, values))  # what was rounded up past it; a NaN stays one
+    values = tl.where(values > MOST, MOST, tl.where(values < -MOST, -MOST, values))  # rounding up may have passed MOST; NaN stays NaN
     inside = (row < n)[:, None, None] & (col < d)[None, :, :]
     tl.store(rows + row.to(tl.int64)[:, None, None] * d + col[None, :, :], values.to(rows.dtype.element_ty), mask=inside)
 
 
 @jit
 def _from_e4m3(byte):
-    """The value of an E4M3 of these bits; by integers, since not every GPU has this format."""
+    """The value of an E4M3 number from its bits. It uses integers, because not every GPU has this format."""
     size = byte.to(tl.int32) & 0x7F
     normal = ((size + (120 << 3)) << 20).to(tl.float32, bitcast=True)
     value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)  # 2^-9

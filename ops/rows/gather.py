@@ -14,7 +14,7 @@ from torch import Tensor
 from moecomm.ops.base.library import block_of, define, differentiable, jit, tl
 from moecomm.ops.rows.weighted_sum import weighted_sum
 
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element in bytes
 SCHEMA = "gather(Tensor x, Tensor order, Tensor position) -> Tensor"
 
 
@@ -29,12 +29,12 @@ def gather_cpu(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
 def gather_rows_cpu(x: Tensor, order: Tensor, k: int) -> Tensor:
     if x.shape[0] == 0:
         return x.new_zeros(order.shape[0], x.shape[1])
-    source = (order if k == 1 else torch.div(order, k, rounding_mode="floor")).long()  # a tenth faster than with int32
+    source = (order if k == 1 else torch.div(order, k, rounding_mode="floor")).long()  # int64 is a tenth faster than int32
     padding = order < 0
     if not padding.any():
         return x.index_select(0, source)
     rows = x.index_select(0, source.clamp(min=0))
-    rows.view(torch.uint8).masked_fill_(padding.unsqueeze(1), 0)  # as bytes: not every dtype can be filled
+    rows.view(torch.uint8).masked_fill_(padding.unsqueeze(1), 0)  # as bytes, because not every dtype can be filled
     return rows
 
 
@@ -57,7 +57,7 @@ def gather_rows_triton(x: Tensor, order: Tensor, k: int) -> Tensor:
     n, d = order.shape[0], x.shape[1]
     rows = x.new_empty(n, d)
     if n and d:
-        bits = BITS[min(x.itemsize, 8)]  # a gather moves bits: Triton lacks some dtypes, and cannot load others under a mask
+        bits = BITS[min(x.itemsize, 8)]  # move bits as integers: Triton lacks some dtypes, and cannot load others with a mask
         source, out = (x if x.itemsize <= 8 else x.contiguous()).view(bits), rows.view(bits)
         width = out.shape[1]
         block = block_of(width, 1024)

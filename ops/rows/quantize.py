@@ -1,8 +1,7 @@
-"""message[s] = what travels of x[order[s] // K]: E4M3(x / scale) of its D values, then the scales of its blocks; all zeros for order -1.
+"""message[s] = x[order[s] // K] in 8 bits: E4M3(x / scale) of its D values, then the scales of its blocks; all zeros for order -1.
 
-Costs one read of S * D elements and one write of S * (D + the scales') bytes; `wire_formats.py` has the formats.
-Its mirror is `dequantize`; neither has a backward: the ops of `dispatch_combine_wire.py`, which they are part of, pass the gradient as it
-is.
+Costs one read of S * D elements and one write of S * (D + bytes of scales) bytes. `wire_formats.py` has the formats.
+Its mirror is `dequantize`. Neither has a backward: the ops of `dispatch_combine_wire.py` use them and pass the gradient unchanged.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from moecomm.ops.base.library import block_of, define, jit, tl
 from moecomm.ops.rows.gather import gather_rows_cpu
 from moecomm.ops.rows.wire_formats import LARGEST, LEAST, WIRES, blocks, width
 
-# Elements that the CPU takes at a time, while they are in the cache: 2,048 rows of 2,048 bfloat16 take 4.9 ms, there and back 7.7, where
-# all at once they take 22 and 27 (one thread of an AMD EPYC; a copy of the rows takes 0.25).
+# The elements that the CPU takes at a time, so that they stay in the cache. 2,048 rows of 2,048 bfloat16 take 4.9 ms, and 7.7 ms with the
+# way back. All at once they take 22 and 27 ms (one thread of an AMD EPYC; a copy of the rows takes 0.25 ms).
 STEP = 2**19
 SCHEMA = "quantize(Tensor x, Tensor? order, int k, str wire) -> Tensor"
 
@@ -27,7 +26,7 @@ def quantize_fake(x: Tensor, order: Tensor | None, k: int, wire: str) -> Tensor:
 
 def quantize_cpu(x: Tensor, order: Tensor | None, k: int, wire: str) -> Tensor:
     t, d = x.shape
-    message = x.new_empty(t, width(d, wire), dtype=torch.uint8)  # once for each token, however often it is sent
+    message = x.new_empty(t, width(d, wire), dtype=torch.uint8)  # quantized once per token, however often the token is sent
     if t and d:
         step = max(1, STEP // d)
         for part, into in zip(x.split(step), message.split(step), strict=True):
@@ -42,7 +41,7 @@ def _quantize(x: Tensor, message: Tensor, wire: str) -> None:
         values = pad(values, (0, -d % block))
     values = values.unflatten(1, (-1, block))  # [T, blocks, block]
     largest = values.abs().amax(2)  # [T, blocks]
-    if not largest.isfinite().all():  # a value that is not finite becomes NaN, and the others of its block are as if it were zero
+    if not largest.isfinite().all():  # such a value becomes NaN; for the rest of its block it counts as zero
         finite = values.isfinite()
         largest = values.abs().masked_fill_(~finite, 0).amax(2)
         values.masked_fill_(~finite, float("nan"))
@@ -51,11 +50,11 @@ def _quantize(x: Tensor, message: Tensor, wire: str) -> None:
 
 
 def _scales(largest: Tensor, wire: str) -> tuple[Tensor, Tensor]:
-    """Each block's scale in bytes, and what its values are multiplied by."""
+    """Each block's scale in bytes, and the factor for the block's values."""
     if WIRES[wire].scale == torch.float32:
         largest = largest.clamp(min=LEAST)
         return (largest * (1 / LARGEST)).view(torch.uint8), torch.full_like(largest, LARGEST) / largest  # not 448 / x: it rounds twice
-    # The smallest power of two that takes the largest value to 448 = 1.75 * 2^8 or less: a mantissa above 1.75 carries into the exponent.
+    # The smallest power of two that brings the largest value to at most 448 = 1.75 * 2^8. A mantissa above 1.75 carries into the exponent.
     exponent = ((largest.view(torch.int32) + 0x1FFFFF) >> 23).sub_(8).clamp_(min=1)
     return exponent.to(torch.uint8), ((254 - exponent) << 23).view(torch.float32)
 
@@ -92,17 +91,20 @@ def _quantize_kernel(
 
 @jit
 def _e4m3(values, finite):
-    """The bits of the nearest E4M3, ties to even, for at most 448 in size; by integers, since not every GPU has this format."""
+    """The bits of the nearest E4M3 number, ties to even, for magnitudes up to 448.
+
+    It uses integers, because not every GPU has this format.
+    """
     bits = values.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # 3 of 23 bits of mantissa, and a bias of 7 instead of 127
-    small = (tl.abs(values) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # a float32's last place is 2^-9 from 2^14 on
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # 3 of 23 mantissa bits; an exponent bias of 7 instead of 127
+    small = (tl.abs(values) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # from 2^14 on, the last place of a float32 is 2^-9
     code = tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)  # 2^-6
     return tl.where(finite, code, 0x7F).to(tl.uint8)
 
 
 def tile(d: int, wire: str) -> tuple[int, int]:
-    """How many blocks of a row, and how many rows, a program has: 2,048 values or fewer."""
+    """The blocks per row and the rows per program: together 2,048 values or fewer."""
     block = WIRES[wire].block
     group = max(1, block_of(d, 1024) // block)
     return group, max(1, 2048 // (group * block))

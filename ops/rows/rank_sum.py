@@ -1,7 +1,7 @@
 """total[i] = (parts[0, i] + parts[1, i] + ... + parts[P - 1, i]) / divisor, added in the order of the ranks, rounded once.
 
-Costs one read of P * n elements and one write of n; accumulates in float32 (float64 for float64, complex as its parts).
-It stands in the backward of others and has none of its own.
+Costs one read of P * n elements and one write of n. Accumulates in float32 (float64 for float64; complex numbers by their parts).
+Other ops use it in their backward; it has no backward of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecomm.ops.base.library import compute_dtype, define, jit, tl
 
-# Not parts.sum(0): from 5 ranks on, in which order that adds depends on n, so that a sum would depend on what it was sent along with.
+# Not parts.sum(0): from 5 ranks on its order depends on n, so a sum would depend on the tensors that were sent with it.
 SCHEMA = "rank_sum(Tensor parts, int divisor, bool before) -> Tensor"
 BLOCK = 1024
 
@@ -30,7 +30,7 @@ def rank_sum_cpu(parts: Tensor, divisor: int, before: bool) -> Tensor:
 
 @jit
 def _divided(x, by, WIDE: tl.constexpr):
-    return x / by if WIDE else tl.div_rn(x, by)  # in float32 a plain division is approximate on NVIDIA
+    return x / by if WIDE else tl.div_rn(x, by)  # a plain float32 division is approximate on NVIDIA
 
 
 @jit

@@ -1,7 +1,7 @@
 """y[m] = sum over j of weights[m, j] * rows[position[m, j]], in the order of j, where position[m, j] is not -1.
 
-Costs one read of N * D elements and one write of M * D; accumulates in float32 (float64 for float64), weights not rounded to rows' dtype.
-Its backward is the op `weighted_sum_backward`; without weights it is the mirror of `gather`.
+Costs one read of N * D elements and one write of M * D. Accumulates in float32 (float64 for float64); weights keep their own precision.
+Its backward is the op `weighted_sum_backward`. Without weights it is the mirror of `gather`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
     if rows.numel() == 0 or m == 0:
         return rows.new_zeros(m, rows.shape[1])
     present = position >= 0
-    bags, exact = position.flatten(), None if weights is None else weights.flatten()  # of token 0, then of token 1, ...
+    bags, exact = position.flatten(), None if weights is None else weights.flatten()  # those of token 0, then of token 1, ...
     if present.all():
         starts = torch.arange(0, m * k + 1, k, dtype=torch.int32, device=position.device)
     else:
@@ -35,9 +35,9 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
         bags, exact = position.masked_select(present), None if weights is None else weights.masked_select(present)
     factors = None
     if exact is not None and weights is not None:
-        factors = exact.to(rows.dtype)  # embedding_bag takes no others
+        factors = exact.to(rows.dtype)  # embedding_bag accepts only the rows' dtype
         if rows.dtype.itemsize < 4 and weights.dtype != rows.dtype:
-            # What rounding took off the weight follows as one more entry of the bag, with the same row, which is in the cache by now.
+            # The weight's rounding error follows as one more entry of the bag, with the same row, which is in the cache by then.
             bags, starts = bags.repeat_interleave(2), starts * 2
             factors = torch.stack((factors, (exact - factors).to(rows.dtype)), 1).flatten()
     return embedding_bag(bags, rows, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
@@ -83,7 +83,7 @@ weighted_sum = define(SCHEMA, weighted_sum_fake, weighted_sum_cpu, weighted_sum_
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weights, order, position = inputs
     ctx.shape = rows.shape
-    # The mirror of a gather needs no rows: only the gradient of weights does.
+    # Only the gradient of the weights needs rows. Without weights the backward is a gather.
     ctx.save_for_backward(*((order, position) if weights is None else (order, position, rows, weights)))
 
 

@@ -1,7 +1,7 @@
 """grad_rows[n] = weights[m, j] * grad[m] and grad_weights[m, j] = <grad[m], rows[n]>, for the pair (m, j) = order[n].
 
-Costs one read of rows [N, D], one read of grad's rows N times, one write of N * D; dots accumulate in float32 (float64 for float64).
-It is the backward of `weighted_sum`. Its own backward, for second derivatives, is made of the two.
+Costs one read of rows [N, D], N reads of a row of grad, one write of N * D. Dot products accumulate in float32 (float64 for float64).
+It is the backward of `weighted_sum`. Its own backward, for second derivatives, uses both ops.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moecomm.ops.base.library import block_of, compute_dtype, define, differentiable, jit, tl
 
-STEP = 2**20  # elements that the CPU takes at a time, while they are in the cache
+STEP = 2**20  # the elements that the CPU takes at a time, so that they stay in the cache
 SCHEMA = "weighted_sum_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, Tensor position) -> (Tensor, Tensor)"
 
 
@@ -22,25 +22,25 @@ def backward_fake(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, po
 
 
 def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    from moecomm.ops.rows.weighted_sum import weighted_sum_cpu  # whose backward this file is
+    from moecomm.ops.rows.weighted_sum import weighted_sum_cpu  # this file is its backward
 
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     if order.shape[0] == 0 or grad.numel() == 0:
         return rows.new_zeros(rows.shape), grad_weights
-    pairs = order.long()  # [N], -1 of padding
+    pairs = order.long()  # [N]; -1 for padding
     source = torch.div(pairs, position.shape[1], rounding_mode="floor")
     factors = weights.flatten().index_select(0, pairs.clamp(min=0)).unsqueeze(1)  # [N, 1]
-    grad_rows = weighted_sum_cpu(grad, factors, order, source.unsqueeze(1))  # a gather that multiplies as it reads
+    grad_rows = weighted_sum_cpu(grad, factors, order, source.unsqueeze(1))  # a gather that multiplies while it reads
     if rows.dtype.itemsize >= 4:
         present = position >= 0
         pair = torch.arange(position.shape[0], device=position.device).unsqueeze(1).expand_as(position).masked_select(present)
-        # The gradient of the weights of an embedding_bag, each of one row: it gathers nothing, but rounds to the rows' dtype.
+        # The gradient of the weights of embedding_bags of one row each. It needs no gather, but rounds to the rows' dtype.
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad, rows, position.long().masked_select(present), pair.new_zeros(1), pair, 0
         )
         return grad_rows, grad_weights.masked_scatter_(present, dots.to(weights.dtype))
     dots = rows.new_empty(order.shape[0], dtype=torch.float32)
-    step = min(rows.shape[0], max(1, STEP // rows.shape[1]))  # rows a step
+    step = min(rows.shape[0], max(1, STEP // rows.shape[1]))  # rows per step
     copies = rows.new_empty(step, rows.shape[1])
     for start in range(0, order.shape[0], step):
         part = slice(start, start + step)
@@ -53,15 +53,16 @@ def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, pos
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """[n]: a[i] . b[i] of a low precision, in float32: what the gradient of a group norm's gamma is, of one group and n channels.
+    """[n]: the dot products a[i] . b[i] of low-precision rows, in float32.
 
-    It is the one call of ATen that reads each row once, as it is, and sums in float32 (torch 2.13): for bfloat16 rows of 1024 0.9 of the
-    time of a copy, where `(a.float() * b).sum(1)` takes 5.
+    It calls the backward of a group norm, with one group and n channels: the gradient of gamma is these dot products. No other
+    call of ATen reads each row once, without conversion, and sums in float32 (torch 2.13). For bfloat16 rows of 1024 it takes
+    0.9 of the time of a copy; `(a.float() * b).sum(1)` takes 5 times that of a copy.
     """
     n, d = a.shape
     dtype = torch.float32
     mean, scale, gamma = a.new_zeros(1, 1, dtype=dtype), a.new_ones(1, 1, dtype=dtype), a.new_ones(n, dtype=dtype)
-    a, b = a.contiguous(), b.contiguous()  # it takes them to be so
+    a, b = a.contiguous(), b.contiguous()  # the op assumes contiguous inputs
     return torch.ops.aten.native_group_norm_backward(a, b, mean, scale, gamma, 1, n, d, 1, [False, True, False])[1]
 
 
@@ -72,7 +73,7 @@ def _backward_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     pair = tl.load(order + n).to(tl.int64)
-    first = tl.maximum(pair, 0)  # padding reads neither gradient nor row, and so writes zeros
+    first = tl.maximum(pair, 0)  # padding reads no gradient and no row, so it writes zeros
     m = first // K
     weight = tl.load(weights + m * stride_m + first % K * stride_k, mask=pair >= 0, other=0).to(ACC)
     width = tl.where(pair >= 0, d, 0)
@@ -107,7 +108,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
-    from moecomm.ops.rows.weighted_sum import weighted_sum  # whose backward this file is
+    from moecomm.ops.rows.weighted_sum import weighted_sum  # this file is its backward
 
     grad, rows, weights, order, position = ctx.saved_tensors
     to_grad = weighted_sum(grad_rows, weights, order, position) + weighted_sum(rows, grad_weights, order, position)
