@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_second_process_takes_forward_and_backward_from_the_compile_cache(rank
     (tmp_path / "layer.py").write_text(WARM)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     # Graphs of a tag that nobody else has are in no cache. The kernels in them, which it does not matter for, may be.
-    environment = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": uuid.uuid4().hex, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     runs = []
     for _ in range(2):
         command = [sys.executable, *launcher, str(tmp_path / "layer.py")]

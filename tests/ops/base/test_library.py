@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ print(loss.grad.item(), torch.compiler.config.cache_key_tag)
 def test_an_op_whose_backward_has_changed_is_compiled_anew(tmp_path: Path) -> None:
     for folder, inside in (("moecomm", "."), ("ops", "ops"), ("compile", "compile")):  # as installed
         shutil.copytree(CHECKOUT / folder, tmp_path / "moecomm" / inside, dirs_exist_ok=True)
-    mine = tmp_path.name  # graphs of this tag are in no cache
+    mine = uuid.uuid4().hex  # graphs of this tag are in no cache
     environment = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": mine}
     source = tmp_path / "moecomm" / "ops" / "rows" / "attach_loss.py"
     changed = source.read_text().replace("return grad, loss_gradient(", "return grad, 3 * loss_gradient(")
