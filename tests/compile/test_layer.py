@@ -96,7 +96,9 @@ def compiled_here(dtype: torch.dtype) -> None:
         assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (4, torch.float32)])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [(1, torch.float32), (2, torch.bfloat16), pytest.param(4, torch.float32, marks=pytest.mark.exhaustive)]
+)
 def test_a_compiled_layer_is_the_eager_one_bit_for_bit_again_and_never_recompiled(ranks: int, dtype: torch.dtype) -> None:
     run_ranks(compiled_here, ranks, dtype, timeout=300)
 

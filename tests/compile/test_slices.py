@@ -42,6 +42,8 @@ def slices_here(backend: str) -> None:
         assert counter.frame_count == dim + 1, f"another size must not recompile: {size}"
 
 
-@pytest.mark.parametrize(("ranks", "backend"), [(1, "aot_eager"), (2, "inductor"), (4, "aot_eager")])
+@pytest.mark.parametrize(
+    ("ranks", "backend"), [(1, "aot_eager"), (2, "inductor"), pytest.param(4, "aot_eager", marks=pytest.mark.exhaustive)]
+)
 def test_compiled_slices_are_the_eager_ones_whatever_the_size(ranks: int, backend: str) -> None:
     run_ranks(slices_here, ranks, backend, timeout=200)

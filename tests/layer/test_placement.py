@@ -214,8 +214,18 @@ def train(sizes: Sizes, how: Spread, steps: int, compiled: bool) -> Run:
     return Run(losses, norms, {name: p.detach() for name, p in parameters.items()})
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", TRAININGS)
+@pytest.mark.parametrize(
+    ("how", "compiled"),
+    [
+        *((how, False) for how in TRAININGS),
+        pytest.param("replicas and expert-data parallelism", True, marks=pytest.mark.slow),
+        *(
+            pytest.param(how, True, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for how in TRAININGS
+            if how != "replicas and expert-data parallelism"
+        ),
+    ],
+)
 def test_training_with_placed_and_replicated_experts_is_that_of_one_process(how: str, compiled: bool) -> None:
     sizes, steps = Sizes(), 6
     expected, placed = one_process.train(sizes, steps, CLIP), TRAININGS[how]
@@ -463,7 +473,7 @@ def compiled_here(backend: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "backend"), [(2, "inductor"), (4, "aot_eager")])
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "inductor"), pytest.param(4, "aot_eager", marks=pytest.mark.exhaustive)])
 def test_a_compiled_layer_takes_any_placement_and_is_one_graph_on_all_ranks(ranks: int, backend: str) -> None:
     first, *others = run_ranks(compiled_here, ranks, backend, timeout=200)
     assert first

@@ -90,8 +90,14 @@ def train_here(split: tuple[int, ...], src: int, how: str) -> dict[str, Tensor]:
     return {name: param.detach() for name, param in mf.sync_params(dict(model.named_parameters()), None, src).items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("how", ["eager", "in place", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "how"),
+    [
+        *((ranks, how) for ranks in (1, 2, 4) for how in ("eager", "in place")),
+        *(pytest.param(ranks, "compiled", marks=pytest.mark.slow) for ranks in (1, 2)),
+        pytest.param(4, "compiled", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
+)
 def test_training_on_several_ranks_is_training_on_the_whole_batch(ranks: int, how: str) -> None:
     src = ranks - 1
     want = train_alone(src)

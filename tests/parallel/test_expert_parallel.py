@@ -13,6 +13,7 @@ from tests.one_process import RATE, Run, Sizes
 from tests.spawn import run_ranks
 
 STEPS, CLIP = 6, 0.5  # the norms of all steps are above the clip's
+SPLITS = [(2, 2), (4, 2), (4, 4), (4, 1)]  # ranks, ep
 
 
 def train(sizes: Sizes, ranks: int, ep: int, compiled: bool) -> Run:
@@ -43,8 +44,14 @@ def train(sizes: Sizes, ranks: int, ep: int, compiled: bool) -> Run:
     return Run(losses, norms, whole)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (4, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "ep", "compiled"),
+    [
+        *((*split, False) for split in SPLITS),
+        pytest.param(4, 2, True, marks=pytest.mark.slow),
+        *(pytest.param(*split, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for split in SPLITS if split != (4, 2)),
+    ],
+)
 def test_expert_parallel_training_is_that_of_one_process(ranks: int, ep: int, compiled: bool) -> None:
     sizes = Sizes()
     expected = one_process.train(sizes, STEPS, CLIP)

@@ -41,12 +41,13 @@ def fits(split: Split, world: int) -> bool:
 
 
 FAST = [Split(1, 2, 4, 2, 2, 2), Split(2, 2, 2, 1, 2, 2), Split(2, 2, 2, 2, 2, 1)]
+COMPILED = Split(2, 2, 2, 1, 2, 2)  # with all of pp, dp, tp, ep and etp
 
 
 def case(number: int, split: Split, compiled: bool) -> object:
     """Some in the inner loop, some more in every run, all of them where all is asked for; compiled ones are fewer, for they take longer."""
     if compiled:
-        often, marks = split in FAST, [pytest.mark.slow]
+        often, marks = split == COMPILED, [pytest.mark.slow]
     else:
         often, marks = number % 5 == 0 or split in FAST, [] if split in FAST else [pytest.mark.slow]
     return pytest.param(split, compiled, id=f"{split}{', compiled' * compiled}", marks=marks if often else [*marks, pytest.mark.exhaustive])

@@ -83,11 +83,15 @@ def train(sizes: Sizes, dp: int, tp: int, way: str, compiled: bool) -> Run:
 SHAPES = [(1, 2), (2, 2), (1, 4)]
 
 
-@pytest.mark.parametrize("way", ["whole", "sequence"])
 @pytest.mark.parametrize(
-    ("dp", "tp", "compiled"), [*((*shape, False) for shape in SHAPES), pytest.param(2, 2, True, marks=pytest.mark.slow)]
+    ("dp", "tp", "compiled", "way"),
+    [
+        *((*shape, False, way) for shape in SHAPES for way in ("whole", "sequence")),
+        pytest.param(2, 2, True, "sequence", marks=pytest.mark.slow),
+        pytest.param(2, 2, True, "whole", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
 )
-def test_training_on_slices_is_that_of_one_process(dp: int, tp: int, way: str, compiled: bool) -> None:
+def test_training_on_slices_is_that_of_one_process(dp: int, tp: int, compiled: bool, way: str) -> None:
     sizes = Sizes(batch=2, length=7)  # on a rank 7 or 14 tokens, which 2 and 4 do not, or do not all, divide
     expected = one_process.train(sizes, STEPS, CLIP)
     for run in run_ranks(train, dp * tp, sizes, dp, tp, way, compiled, timeout=200):
