@@ -27,7 +27,7 @@ test: $(READY)  ## the suite
 test-all: $(READY)  ## with every one of very many like cases, too
 	$(BIN)/$(PYTEST) $(ARGS)
 
-test-fast: $(READY)  ## the inner loop: under 90 seconds on 2 cores
+test-fast: $(READY)  ## the inner loop
 	$(BIN)/$(PYTEST) -m "not slow" $(ARGS)
 
 build/torch-%/.ready: pyproject.toml
