@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 ARGS ?=
 # how many tests run side by side: a core each, or more, since some run several ranks
 JOBS ?= 2
-PYTEST := python -m pytest -n $(JOBS) --dist worksteal
+SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
+PYTEST = python -m pytest $(SIDE_BY_SIDE)
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 
@@ -48,7 +49,7 @@ test-gpu: $(if $(filter file,$(origin PYTHON)),$(READY))  ## what a GPU can show
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "nothing was tested: torch of $(GPU_PYTHON) finds no GPU here"; exit 2; }
 	$(GPU_PYTHON) -m pytest $(ON_GPU) -m "not exhaustive" -p no:benchmark -W ignore::DeprecationWarning \
-		$$($(GPU_PYTHON) -c 'from importlib.util import find_spec; print("-n $(JOBS) --dist worksteal" if find_spec("xdist") else "")') $(ARGS)
+		$$($(GPU_PYTHON) -c 'from importlib.util import find_spec; print("$(SIDE_BY_SIDE)" if find_spec("xdist") else "")') $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

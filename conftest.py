@@ -2,11 +2,12 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each of the processes that run tests side by side has a core, and so has what it starts. Read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # each of the processes that run tests side by side has a core
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before moecomm is imported

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 GRACE = 3.0  # seconds that the other ranks get to report, once one has failed
@@ -50,8 +51,7 @@ class Pool:
     """``ranks`` processes in one gloo group, each serving calls from its pipe."""
 
     def __init__(self, ranks: int) -> None:
-        context = mp.get_context("forkserver")  # torch is imported once, and not by each rank again: 3 s of CPU time each
-        context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional", "tests.end_with_parent"])
+        context = fork_server()
         listening = socket.create_server(("127.0.0.1", 0))  # rank 0 goes on listening: nobody else can take the port
         port = listening.getsockname()[1]
         self.groups = 1
@@ -123,6 +123,16 @@ class Pool:
             process.join(5)
         for stack in self.stacks:
             stack.close()
+
+
+def fork_server() -> ForkServerContext:
+    """Where all ranks are started, of whatever test: the first that starts one says for all of them what the server has imported.
+
+    So torch is not imported by each rank again: 3 s of CPU time each.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional", "tests.end_with_parent"])
+    return context
 
 
 def _serve(rank: int, ranks: int, port: int, listening: socket.socket | None, pipe: Connection, stack: str) -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moecomm.functional as mf
+from tests.spawn import fork_server
 
 RANKS, FAULTY, TIMEOUT = 3, 1, 5.0  # TIMEOUT: of the group, in seconds
 TOKENS = 1500  # of each rank: too many for their slots to travel with the counts
@@ -110,8 +111,7 @@ class Ranks:
     """``RANKS`` processes that run steps; `case` has one of them fail."""
 
     def __init__(self) -> None:
-        self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch._dynamo", "moecomm.functional"])  # as the pools do: it is the same server
+        self.context = fork_server()
         self.ever: list[int] = []  # the ids of all processes that were started
         with socket.create_server(("127.0.0.1", 0)) as listening:  # rank 0 goes on listening: nobody else can take the port
             self.port = listening.getsockname()[1]
