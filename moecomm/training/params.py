@@ -78,7 +78,13 @@ def first_matches(argument: str, named: Mapping[str, Tensor], keys: Sequence[str
 
 
 def _matches(key: str | Tensor, name: str, tensor: Tensor) -> bool:
-    return fnmatchcase(name, key) if isinstance(key, str) else key is tensor
+    return _fits(name, key) if isinstance(key, str) else key is tensor
+
+
+@torch.compiler.assume_constant_result
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern. To a compiler it is a constant: Dynamo cannot trace `fnmatch`."""
+    return fnmatchcase(name, pattern)
 
 
 def _shown(key: str | Tensor) -> str:
