@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TypeAlias
 
 import torch
@@ -46,7 +47,7 @@ def _as_lists(placement: Sequence[Sequence[int]]) -> list[list[int]]:
     lengths = [len(row) for row in placement]
     if len(set(lengths)) > 1:
         wrong_value("placement", f"of {lengths} experts", "of as many on each rank; a rank with room takes a replica")
-    return [list(row) for row in placement]
+    return [[index(expert) for expert in row] for row in placement]  # to a compiler too each id is a number, not a symbol
 
 
 def _check_shape(shape: list[int], ranks: int) -> None:
