@@ -99,7 +99,13 @@ def local_gradient(param: Tensor) -> Tensor:
     """The local part of the gradient; zeros if there is no gradient."""
     if param.grad is not None:
         return local_part(param.grad)
-    return torch.zeros_like(local_part(param), dtype=param.grad_dtype or param.dtype)
+    return torch.zeros_like(local_part(param), dtype=_gradient_dtype(param))
+
+
+@torch.compiler.assume_constant_result
+def _gradient_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of the gradient that ``param`` may get, traced as a constant: Dynamo cannot trace ``grad_dtype`` (torch 2.13)."""
+    return param.grad_dtype or param.dtype
 
 
 def check_dense_gradient(param: Tensor) -> None:
