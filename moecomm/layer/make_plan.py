@@ -194,7 +194,7 @@ def _sorted(
     if align > 1:  # each expert's end is rounded up to a multiple of align
         n, padded = n + local * (align - 1), True
     order, position, offsets = counting_sort(ids, local, n, padded, align)
-    if padded and torch.is_anomaly_enabled() and not traced():
+    if padded and not traced() and torch.is_anomaly_enabled():
         offsets[-1:].fill_(n)  # the padding counts to the last expert: grouped_mm leaves rows outside offsets uninitialized
     indices = offsets, weights, order, position, send_order, send_position, splits
     return Plan(*indices, routing.experts.shape[0], routing.num_experts, routing.group.name)

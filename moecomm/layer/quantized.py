@@ -59,8 +59,13 @@ def dequantize(quantized: Quantized) -> Tensor:
     if not isinstance(quantized, Quantized):
         wrong_type("quantized", type(quantized).__name__, "a Quantized, as moecomm.functional.dispatch_quantized gives it")
     data, scales, rows = quantized
-    for field, value, dtypes in (("data", data, (torch.float8_e4m3fn,)), ("scales", scales, tuple(FORMATS)), ("rows", rows, DTYPES)):
-        check_tensor(f"quantized.{field}", value, "of 2 dimensions", dims=2)
+    fields = (
+        ("data", data, "[N, D]", (torch.float8_e4m3fn,)),
+        ("scales", scales, "[N, blocks of D]", tuple(FORMATS)),
+        ("rows", rows, "[N, D]", DTYPES),
+    )
+    for field, value, shape, dtypes in fields:
+        check_tensor(f"quantized.{field}", value, shape, dims=2)
         if value.dtype not in dtypes:
             wrong_type(f"quantized.{field}", f"of dtype {value.dtype}", f"of dtype {' or '.join(map(str, dtypes))}")
     wire = FORMATS[scales.dtype]
