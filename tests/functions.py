@@ -76,7 +76,9 @@ CALLS: dict[str, list[Call]] = {
     "load_balance_loss": [lambda i, group: mf.load_balance_loss(i.logits.softmax(-1), i.experts, group)],
     "plan": [
         lambda i, group: plan(i, group).weights,
-        lambda i, group: mf.plan(i.experts.clamp(max=len(i.placement)), i.weights, 1 + len(i.placement), group, placement=i.placement).weights,
+        lambda i, group: (
+            mf.plan(i.experts.clamp(max=len(i.placement)), i.weights, 1 + len(i.placement), group, placement=i.placement).weights
+        ),
     ],
     "route": [
         lambda i, group: mf.route(i.logits, K),
