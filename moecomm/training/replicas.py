@@ -8,7 +8,7 @@ from torch import Tensor
 from moecomm.layer.placement import Placement, check_experts_of, checked_rows
 from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange.collectives import wait
-from moecomm.ops.exchange.replicas import put_replicas, replicas_exchange
+from moecomm.ops.exchange.replicas import put_replicas, replicas_exchange, replicas_to_send
 from moecomm.ops.exchange.sync_params import by_dtype
 from moecomm.parallel.agree import check_same_kind, check_same_placement, tell_refusal
 from moecomm.parallel.group import Group, GroupLike, resolve_group
@@ -131,6 +131,7 @@ def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, 
     placement = [expert for row in rows for expert in row]
     if len(set(placement)) == len(placement):
         return  # no replicas, on any rank
-    started = [replicas_exchange(bucket, placement, group.size, group.name) for bucket in buckets]
+    send = replicas_to_send(buckets[0][0], placement, group.size, group.name)
+    started = [replicas_exchange(bucket, send, placement, group.size, group.name) for bucket in buckets]
     for bucket, pending in zip(buckets, started, strict=True):
         put_replicas(bucket, wait(pending), placement, group.size, add, group.name)

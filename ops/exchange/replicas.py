@@ -23,7 +23,8 @@ from moecomm.ops.exchange.start_op import define_start
 from moecomm.ops.routing.place_slots import upload
 from moecomm.ops.rows.rank_sum import rank_sum
 
-START = "replicas_exchange(Tensor[] tensors, int[] placement, int ranks, str group) -> Tensor"
+SEND = "replicas_to_send(Tensor like, int[] placement, int ranks, str group) -> Tensor"
+START = "replicas_exchange(Tensor[] tensors, Tensor send, int[] placement, int ranks, str group) -> Tensor"
 PUT = "put_replicas(Tensor(a!)[] tensors, Tensor received, int[] placement, int ranks, bool add, str group) -> ()"
 SHARES = "replica_shares(Tensor like, int[] placement, int ranks, str group) -> Tensor"
 
@@ -76,16 +77,24 @@ def _indices(numbers: list[int], device: torch.device) -> Tensor:
     return upload(torch.tensor(numbers, dtype=torch.int64), device)
 
 
-def exchange_fake(tensors: Sequence[Tensor], placement: Sequence[int], ranks: int, group: str) -> Tensor:
-    return tensors[0].new_empty(torch.library.get_ctx().new_dynamic_size(), sum(tensor[0].numel() for tensor in tensors))
+def send_fake(like: Tensor, placement: Sequence[int], ranks: int, group: str) -> Tensor:
+    return like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-def exchange_here(tensors: Sequence[Tensor], placement: Sequence[int], ranks: int, group: str) -> Tensor:
-    """Start to send the replicas of tensors [L, ...] of one dtype; the caller waits for those of the other ranks, [received, W]."""
+def send_here(like: Tensor, placement: Sequence[int], ranks: int, group: str) -> Tensor:
+    """The local experts to send, to rank 0, then to rank 1, ...: [M], on the device of ``like``."""
     own = _own(placement, ranks, group)
-    sent = _flat(tensors, _indices([own.slots[i] for i in own.send], tensors[0].device))
-    splits = torch.tensor([own.splits, own.splits])
-    return start(sent, sum(own.splits), splits, 0, group, "the replicas of this rank's experts")
+    return _indices([own.slots[i] for i in own.send], like.device)
+
+
+def exchange_fake(tensors: Sequence[Tensor], send: Tensor, placement: Sequence[int], ranks: int, group: str) -> Tensor:
+    return tensors[0].new_empty(send.shape[0], sum(tensor[0].numel() for tensor in tensors))
+
+
+def exchange_here(tensors: Sequence[Tensor], send: Tensor, placement: Sequence[int], ranks: int, group: str) -> Tensor:
+    """Start to send the replicas of tensors [L, ...] of one dtype; the caller waits for those of the other ranks, [M, W], as many."""
+    splits = _own(placement, ranks, group).splits
+    return start(_flat(tensors, send), len(send), torch.tensor([splits, splits]), 0, group, "the replicas of this rank's experts")
 
 
 def put_fake(tensors: Sequence[Tensor], received: Tensor, placement: Sequence[int], ranks: int, add: bool, group: str) -> None:
@@ -117,6 +126,7 @@ def shares_here(like: Tensor, placement: Sequence[int], ranks: int, group: str) 
     return upload(torch.tensor([1 / sum(expert in row for row in rows) for expert in mine], dtype=torch.float64), like.device)
 
 
+replicas_to_send = define(SEND, send_fake, send_here, send_here)  # apart from the exchange: Inductor takes none of a size that it makes
 replicas_exchange = define_start(START, exchange_fake, exchange_here, exchange_here)
 put_replicas = define(PUT, put_fake, put_here, put_here)
 replica_shares = define(SHARES, shares_fake, shares_here, shares_here)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from moecomm.ops.exchange.collectives import wait
-from moecomm.ops.exchange.replicas import put_replicas, replica_shares, replicas_exchange
+from moecomm.ops.exchange.replicas import put_replicas, replica_shares, replicas_exchange, replicas_to_send
 from tests.spawn import run_ranks
 
 PLACEMENTS = [[[0, 1, 2], [2, 0, 3], [3, 4, 0]], [[0, 1], [2, 3], [4, 5]], [[1, 0], [0, 1], [1, 0]]]
@@ -31,6 +31,11 @@ def expected(rows: list[list[int]], rank: int, dtype: torch.dtype, add: bool) ->
     return result
 
 
+def exchanged(tensors: list[Tensor], flat: list[int]) -> Tensor:
+    here = flat, dist.get_world_size(), dist.group.WORLD.group_name  # type: ignore[union-attr]
+    return wait(replicas_exchange(tensors, replicas_to_send(tensors[0], *here), *here))
+
+
 def here() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
@@ -39,14 +44,15 @@ def here() -> None:
         for dtype in (torch.float64, torch.bfloat16):
             for add in (False, True):
                 tensors = weights(rank, len(rows[0]), dtype)
-                put_replicas(tensors, wait(replicas_exchange(tensors, flat, ranks, name)), flat, ranks, add, name)
+                put_replicas(tensors, exchanged(tensors, flat), flat, ranks, add, name)
                 torch.testing.assert_close(tensors, expected(rows, rank, dtype, add))
         shares = replica_shares(torch.zeros(1), flat, ranks, name)
         assert shares.tolist() == [1 / sum(expert in row for row in rows) for expert in rows[rank]]
         tensors = weights(rank, len(rows[0]), torch.float32)
-        received = wait(replicas_exchange(tensors, flat, ranks, name))
-        opcheck(replicas_exchange, (tensors, flat, ranks, name), test_utils=TESTS)
-        opcheck(put_replicas, (tensors, received, flat, ranks, True, name), test_utils=TESTS)
+        opcheck(replicas_to_send, (tensors[0], flat, ranks, name), test_utils=TESTS)
+        send = replicas_to_send(tensors[0], flat, ranks, name)
+        opcheck(replicas_exchange, (tensors, send, flat, ranks, name), test_utils=TESTS)
+        opcheck(put_replicas, (tensors, exchanged(tensors, flat), flat, ranks, True, name), test_utils=TESTS)
         opcheck(replica_shares, (tensors[0], flat, ranks, name), test_utils=TESTS)
 
 
