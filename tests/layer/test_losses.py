@@ -279,7 +279,7 @@ def compiled_here() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_compiled_they_give_what_they_give_in_eager_mode_in_one_graph_for_all_ranks_and_numbers_of_tokens(ranks: int) -> None:
     graphs = run_ranks(compiled_here, ranks, timeout=300)
     assert all(of_rank == graphs[0] for of_rank in graphs)

@@ -269,9 +269,10 @@ def several(logits: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.slow
-def test_compiled_as_one_graph_for_all_numbers_of_tokens_route_gives_what_it_gives_in_eager_mode() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+def test_compiled_as_one_graph_for_all_numbers_of_tokens_route_gives_what_it_gives_in_eager_mode(backend: str) -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(several, fullgraph=True, backend=counter)
     bias = 0.1 * normal(8, dtype=torch.float32)
     for tokens in (13, 5, 0, 1):
