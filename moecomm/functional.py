@@ -10,6 +10,7 @@ from moecomm.layer.losses import attach_loss, load_balance_loss, update_bias, z_
 from moecomm.layer.make_plan import plan
 from moecomm.layer.plan import Plan
 from moecomm.layer.route import route
+from moecomm.layer.row_weights import row_weights
 from moecomm.layer.tokens import Quantized, combine, dispatch, dispatch_quantized
 from moecomm.parallel.slices import slice_gather, slice_reduce, slice_scatter
 from moecomm.parallel.sums import sum_gradient, sum_ranks
@@ -31,6 +32,7 @@ __all__ = [
     "load_balance_loss",
     "plan",
     "route",
+    "row_weights",
     "slice_gather",
     "slice_reduce",
     "slice_scatter",

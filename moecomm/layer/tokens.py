@@ -108,7 +108,7 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     are those of DeepSeek-V3 (arXiv:2412.19437) and of the OCP Microscaling Formats Specification 1.0. DeepSeek-V3 sends tokens
     and the gradients of `combine` in 8 bits, and all sums in 16.
     """
-    _check_plan(plan)
+    check_plan(plan)
 
     leaves, spec = tree_flatten(x)
 
@@ -120,7 +120,7 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
             check_wires("x", leaf, wire, backward_wire)
         return here
 
-    here = _checked("dispatch", plan, {"x": x}, (wire, backward_wire), shards)
+    here = _checked("dispatch", plan, {"x": x}, {"wire": wire, "backward_wire": backward_wire}, shards)
     return tree_unflatten([_dispatch(leaf, plan, wire, backward_wire) for leaf in here], spec)
 
 
@@ -167,7 +167,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
     gradient goes to ``rows`` instead: [N, D] of x's dtype, without values and without memory. Your experts define their own
     backward: they take ``rows`` as one more argument, and return the rows' gradient for it.
     """
-    _check_plan(plan)
+    check_plan(plan)
 
     def shard() -> Tensor:
         check_reverse_mode("dispatch_quantized", [x])
@@ -179,13 +179,13 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
         check_wires("x", here, wire, backward_wire)
         return here
 
-    x = _checked("dispatch_quantized", plan, {"x": x}, (wire, backward_wire), shard)
+    x = _checked("dispatch_quantized", plan, {"x": x}, {"wire": wire, "backward_wire": backward_wire}, shard)
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     return Quantized(*dispatch_quantized_op(x, *indices, plan.group, wire, backward_wire))
 
 
 @profiled
-def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str | None = None) -> Tree:
+def combine(rows: Tree, plan: Plan, *, weighted: bool = True, wire: str | None = None, backward_wire: str | None = None) -> Tree:
     """Bring the experts' rows back to their tokens' ranks: the weighted sum of each token over its slots.
 
     ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped. A token without any slot
@@ -196,6 +196,8 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
             x was sharded over the hidden dim, the rows are such slices. If x was Replicate, the rows are the same on those
             ranks.
         plan: the plan that the rows were dispatched with.
+        weighted: False for the plain sum, for experts that multiply `row_weights` in themselves. It keeps no rows for its
+            backward. Pass the same on all ranks.
         wire: None, or the 8-bit format in which each rank's sum for a token travels, as in `dispatch`. Each of the sums that
             are added up then has that error. Other libraries do not round these sums.
         backward_wire: the same for the gradient on its way to the experts.
@@ -205,7 +207,8 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
         ``like``, or of its experts.
 
     Raises:
-        TypeError: a leaf of ``rows`` is not a tensor or not of a floating dtype; ``plan`` is not a `Plan`.
+        TypeError: a leaf of ``rows`` is not a tensor or not of a floating dtype; ``plan`` is not a `Plan`; ``weighted`` is not
+            a bool.
         ValueError: a leaf does not have the plan's N rows, is on another device, or is a DTensor.
         NotImplementedError, MoECommError, and errors of a wire: as `dispatch` does.
         All of these are raised before any token is sent.
@@ -218,19 +221,21 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
                 [8.]])
 
     Backward: ``rows`` get the dispatch of the gradient, weighted. The plan's weights get the dot product of the gradient and
-    the row. It is one exchange. If the rows are slices of the hidden dim, an all-to-all and an all-gather of R * K numbers add
-    up the slices' parts. The backward can be differentiated again; all ranks must do so alike. There is no forward mode.
+    the row; without ``weighted`` they get nothing here. It is one exchange. If the rows are slices of the hidden dim, an
+    all-to-all and an all-gather of R * K numbers add up the slices' parts. The backward can be differentiated again; all ranks must do so alike. There is no forward mode.
 
     Cost: one exchange per tensor.
 
     Precision: each rank first sums over its own experts. Then the token's rank sums over the ranks, in the order of the token's
     slots. Both sums are in float32 (float64 for float64), and each is rounded to the rows' dtype.
     """
-    _check_plan(plan)
+    check_plan(plan)
 
     leaves, spec = tree_flatten(rows)
 
     def check() -> None:
+        if not isinstance(weighted, bool):
+            wrong_type("weighted", type(weighted).__name__, "a bool")
         check_reverse_mode("combine", [plan.weights, *leaves])
         for leaf in leaves:  # check all leaves before the first is sent
             _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
@@ -238,10 +243,9 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
             check_rows("rows", leaf, plan.layout)
             check_wires("rows", leaf, wire, backward_wire)
 
-    _checked("combine", plan, {"rows": rows, "the plan's weights": plan.weights}, (wire, backward_wire), check)
-    weights = plan.weights
-    for group in hidden_groups(plan.layout):  # each rank's rows give only their slice's part of the weights' gradient
-        weights = sum_gradient(weights, group.size, group.name)
+    passed = {"rows": rows, "the plan's weights": plan.weights} if weighted else {"rows": rows}
+    _checked("combine", plan, passed, {"weighted": weighted, "wire": wire, "backward_wire": backward_wire}, check)
+    weights = slot_weights(plan) if weighted else None
     return tree_unflatten([placed(_combine(leaf, weights, plan, wire, backward_wire), plan.layout) for leaf in leaves], spec)
 
 
@@ -257,7 +261,15 @@ def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None
     return rows.reshape(rows.shape[0], *x.shape[1:])
 
 
-def _combine(rows: Tensor, weights: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
+def slot_weights(plan: Plan) -> Tensor:
+    """[R, K]: the plan's weights. Where rows are slices of the hidden dim, each rank gives a part of their gradient: the backward sums."""
+    weights = plan.weights
+    for group in hidden_groups(plan.layout):
+        weights = sum_gradient(weights, group.size, group.name)
+    return weights
+
+
+def _combine(rows: Tensor, weights: Tensor | None, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
@@ -269,12 +281,12 @@ def _combine(rows: Tensor, weights: Tensor, plan: Plan, wire: str | None, backwa
     return y.reshape(y.shape[0], *rows.shape[1:])
 
 
-def _check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     if not isinstance(plan, Plan):
         wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
 
 
-def _checked(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any, Any], check: Callable[[], Result]) -> Result:
+def _checked(function: str, plan: Plan, passed: dict[str, Any], options: dict[str, Any], check: Callable[[], Result]) -> Result:
     """Run ``check`` and return its result.
 
     For a plan with check=True, in eager code, also compare this call with the other ranks' calls; raise on all ranks if they
@@ -282,7 +294,7 @@ def _checked(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any
     """
     if not plan.ticket or traced():
         return check()
-    described: dict[str, object] = {"wire": repr(wires[0]), "backward_wire": repr(wires[1])}
+    described: dict[str, object] = {name: repr(value) for name, value in options.items()}
     for argument, tree in passed.items():
         described |= {f"{argument}'s leaf {i}" if i else argument: _kind(leaf) for i, leaf in enumerate(tree_leaves(tree))}
     return check_same_call(function, plan.ticket, described, check, plan.row_order.device, resolve_group(plan.group))
