@@ -222,7 +222,8 @@ def combine(rows: Tree, plan: Plan, *, weighted: bool = True, wire: str | None =
 
     Backward: ``rows`` get the dispatch of the gradient, weighted. The plan's weights get the dot product of the gradient and
     the row; without ``weighted`` they get nothing here. It is one exchange. If the rows are slices of the hidden dim, an
-    all-to-all and an all-gather of R * K numbers add up the slices' parts. The backward can be differentiated again; all ranks must do so alike. There is no forward mode.
+    all-to-all and an all-gather of R * K numbers add up the slices' parts. The backward can be differentiated again; all ranks
+    must do so alike. There is no forward mode.
 
     Cost: one exchange per tensor.
 
