@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moecomm.errors import check_reverse_mode
+from moecomm.errors import SUMMED, check_reverse_mode
 from moecomm.inspect.log import log_plan
 from moecomm.inspect.profile import profiled
 from moecomm.layer.placement import Placement
@@ -132,6 +132,8 @@ def plan(
             tell_refusal("plan" if max_rows is None else "plan with max_rows", (experts, weights, leaves), ranks)
         raise
     made = _dynamic_plan(routing) if max_rows is None else _static_plan(routing, max_rows)
+    if leaves and leaves[0].dtype in SUMMED:
+        made = made._replace(dtype=SUMMED.index(leaves[0].dtype))
     if check:
         made = made._replace(ticket=ticket(experts.device, ranks))
     log_plan(made, leaves)

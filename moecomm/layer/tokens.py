@@ -6,12 +6,23 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, is_grad_enabled
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from moecomm.errors import check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import (
+    check_floating,
+    check_gradient_summed,
+    check_reverse_mode,
+    check_sent,
+    check_tensor,
+    differ,
+    wrong_type,
+    wrong_value,
+)
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
+from moecomm.layer.row_dtype import check_dtype, in_one_dtype
 from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import combine_wire, dispatch_wire
@@ -117,6 +128,8 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         here = [shard_of("x", leaf, plan.layout) for leaf in leaves]
         for leaf in here:  # check all leaves before the first is sent
             _check_leaf("x", leaf, plan, plan.tokens, "T")
+            check_sent("x", leaf)
+            check_gradient_summed("x", leaf)
             check_wires("x", leaf, wire, backward_wire)
         return here
 
@@ -185,7 +198,9 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
 
 
 @profiled
-def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str | None = None) -> Tree:
+def combine(
+    rows: Tree, plan: Plan, *, dtype: torch.dtype | None = None, wire: str | None = None, backward_wire: str | None = None
+) -> Tree:
     """Bring the experts' rows back to their tokens' ranks: the weighted sum of each token over its slots.
 
     ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped. A token without any slot
@@ -229,8 +244,10 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
     _check_plan(plan)
 
     leaves, spec = tree_flatten(rows)
+    leaves = in_one_dtype(leaves, plan, dtype)
 
     def check() -> None:
+        check_dtype(dtype)
         check_reverse_mode("combine", [plan.weights, *leaves])
         for leaf in leaves:  # check all leaves before the first is sent
             _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
@@ -238,7 +255,7 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
             check_rows("rows", leaf, plan.layout)
             check_wires("rows", leaf, wire, backward_wire)
 
-    _checked("combine", plan, {"rows": rows, "the plan's weights": plan.weights}, (wire, backward_wire), check)
+    _checked("combine", plan, {"rows": leaves, "the plan's weights": plan.weights}, (wire, backward_wire), check)
     weights = plan.weights
     for group in hidden_groups(plan.layout):  # each rank's rows give only their slice's part of the weights' gradient
         weights = sum_gradient(weights, group.size, group.name)
@@ -246,6 +263,9 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
 
 
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
+    if x.is_complex():  # as real and imaginary parts: the backward adds up real numbers
+        parts = torch.view_as_real(x.resolve_conj())  # [T, ..., 2]
+        return torch.view_as_complex(_dispatch(parts, plan, wire, backward_wire))
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_floating, check_gradient_summed, check_sent, check_tensor, differ, wrong_type, wrong_value
 from moecomm.ops.exchange import slices as ops
 from moecomm.parallel.group import Group, GroupLike, resolve_group
 
@@ -95,6 +95,8 @@ def slice_gather(
     dim = _check(x, dim)
     if grad not in ("slice", "reduce"):
         wrong_value("grad", repr(grad), '"slice" or "reduce"')
+    if grad == "reduce":
+        check_gradient_summed("x", x, complex=False)
     ranks = resolve_group(group)
     whole = isinstance(x, DTensor) or ranks.size == 1
     _check_size(size, x.shape[dim] if whole else None)
@@ -160,6 +162,7 @@ def mesh_dim(x: DTensor, group: Group) -> int | None:
 def _check(x: Tensor, dim: int) -> int:
     """Check the arguments, and return ``dim`` counted from the front."""
     check_tensor("x", x, "with a dimension to slice")
+    check_sent("x", x)
     if not isinstance(dim, int):
         wrong_type("dim", type(dim).__name__, "an int")
     if not -x.dim() <= dim < x.dim():

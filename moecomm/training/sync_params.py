@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moecomm.errors import check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_gradient_summed, check_sent, check_tensor, wrong_type, wrong_value
 from moecomm.ops.exchange import sync_params as ops
 from moecomm.ops.exchange.collectives import wait
 from moecomm.parallel.agree import check_same_kind, tell_refusal
@@ -79,6 +79,8 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
     leaves, spec = tree_flatten(params)
     for i, leaf in enumerate(leaves):
         check_tensor(f"params' leaf {i}", leaf, "of any shape")
+        if grad is not None:
+            check_gradient_summed(f"params' leaf {i}", leaf)
     _check_place(leaves, ranks)
     if ranks.size == 1 or not leaves:
         return params
@@ -144,6 +146,7 @@ def _receive(tensors: list[Tensor], started: Tensor) -> None:
 def _check_place(tensors: list[Tensor], group: Group) -> None:
     check_device(tensors)
     for tensor in tensors:
+        check_sent("params", tensor)
         check_alike_over(tensor, group)
 
 
