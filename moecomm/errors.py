@@ -74,7 +74,7 @@ def check_sent(argument: str, value: torch.Tensor) -> None:
 def check_gradient_summed(argument: str, value: torch.Tensor, complex: bool = True) -> None:
     """Raise if the gradient of ``value`` is a sum, in a dtype in which moecomm does not add up."""
     if value.requires_grad and torch.is_grad_enabled() and value.dtype not in SUMMED and not (complex and value.is_complex()):
-        must = f"of dtype {LISTED}{', or complex' if complex else ''}, where it requires a gradient"
+        must = f"of dtype {LISTED}{', or complex' if complex else ''}, to require one"
         wrong_type(argument, f"of dtype {value.dtype} and requires a gradient", must)
 
 

@@ -54,7 +54,8 @@ def plan(
             an integer tensor on the CPU. Every expert is on some rank. An expert on several ranks has a replica on each;
             `sync_replicas_` and `sync_replica_grads_` keep the replicas' weights equal.
         like: what will be dispatched, [T, ...], or a pytree of such tensors. Only shapes, dtypes, requires_grad and DTensor
-            placements are used. Ranks that disagree on them get an error here, not a broken exchange later.
+            placements are used. Ranks that disagree on them get an error here, not a broken exchange later. `combine` gives
+            its result in the dtype of ``like``, unless autocast is on.
         max_rows: C, the same on all ranks: switches static mode on. Each rank sends C tokens to each rank, padding included.
         check: find more faults, at the cost of extra exchanges and host synchronizations. It finds weights that are NaN
             or infinite. In static mode it adds all checks that other plans have. In eager code `dispatch` and `combine`

@@ -32,7 +32,7 @@ def _cast(leaf: Tensor, plan: Plan, dtype: torch.dtype | None, leaves: int) -> T
     if not isinstance(leaf, Tensor) or leaf.dtype not in SUMMED:
         return leaf
     if dtype is not None:
-        return leaf.to(dtype)
+        return leaf.to(dtype) if dtype in SUMMED else leaf
     device = leaf.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # As torch.matmul does: autocast leaves float64 as it is.

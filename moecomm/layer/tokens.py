@@ -61,7 +61,9 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     """Send tokens to the ranks of their experts: one row per slot, grouped by local expert.
 
     Args:
-        x: [T, ...], or a pytree of such tensors, any dtypes: this rank's tokens and the data that belongs to them.
+        x: [T, ...], or a pytree of such tensors: this rank's tokens and the data that belongs to them. Any dtypes but quantized
+            ones and integers of less than a byte. A tensor that requires a gradient is float64, float32, bfloat16, float16 or
+            complex.
         plan: the plan of these tokens.
         wire: None, or the 8-bit format in which rows travel, for x of float32, bfloat16 or float16:
             - "float8_e4m3": 8 bits per value, and one float32 scale for each 128 values of a row;
@@ -74,8 +76,8 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         by source rank, then by token. For a DTensor too the result is a plain tensor.
 
     Raises:
-        TypeError: a leaf of ``x`` is not a tensor; ``plan`` is not a `Plan`; a wire is not a string; ``x`` has a dtype that
-            the wire does not support.
+        TypeError: a leaf of ``x`` is not a tensor, or not of such a dtype; ``plan`` is not a `Plan`; a wire is not a string;
+            ``x`` has a dtype that the wire does not support.
         ValueError: a leaf does not have the plan's T tokens, is on another device, or is a DTensor with other placements
             than the plan's; a wire is unknown.
         NotImplementedError: inside a torch.func transform that differentiates, or for dual tensors.
@@ -198,9 +200,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
 
 
 @profiled
-def combine(
-    rows: Tree, plan: Plan, *, dtype: torch.dtype | None = None, wire: str | None = None, backward_wire: str | None = None
-) -> Tree:
+def combine(rows: Tree, plan: Plan, *, dtype: torch.dtype | None = None, wire: str | None = None, backward_wire: str | None = None) -> Tree:
     """Bring the experts' rows back to their tokens' ranks: the weighted sum of each token over its slots.
 
     ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped. A token without any slot
@@ -211,19 +211,26 @@ def combine(
             x was sharded over the hidden dim, the rows are such slices. If x was Replicate, the rows are the same on those
             ranks.
         plan: the plan that the rows were dispatched with.
+        dtype: None, or the dtype of the result, the same on all ranks: float64, float32, bfloat16 or float16. Rows of another
+            dtype are cast to it before they are sent. None, in this order:
+            - under autocast, autocast's dtype, as in `torch.matmul`; float64 rows stay as they are;
+            - the dtype of the plan's ``like``, if ``rows`` is one tensor. If ``like`` is a pytree, its first leaf counts;
+            - the rows' own.
         wire: None, or the 8-bit format in which each rank's sum for a token travels, as in `dispatch`. Each of the sums that
             are added up then has that error. Other libraries do not round these sums.
         backward_wire: the same for the gradient on its way to the experts.
 
     Returns:
-        [T, ...] for each tensor, with its dtype. If the plan was made of DTensors: a DTensor with the placements of the plan's
-        ``like``, or of its experts.
+        [T, ...] for each tensor, in the dtype that ``dtype`` describes. If the plan was made of DTensors: a DTensor with the
+        placements of the plan's ``like``, or of its experts.
 
     Raises:
-        TypeError: a leaf of ``rows`` is not a tensor or not of a floating dtype; ``plan`` is not a `Plan`.
+        TypeError: a leaf of ``rows`` is not a tensor, or not of one of the four dtypes; ``plan`` is not a `Plan`; ``dtype`` is
+            not one of the four or None.
         ValueError: a leaf does not have the plan's N rows, is on another device, or is a DTensor.
         NotImplementedError, MoECommError, and errors of a wire: as `dispatch` does.
         All of these are raised before any token is sent.
+        MoECommError: another rank's rows were narrower, without autocast, ``like`` and ``dtype``. See Alike on all ranks.
 
     Example:
         >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
@@ -231,6 +238,15 @@ def combine(
         >>> combine(dispatch(torch.tensor([[4.0], [8.0]]), a_plan), a_plan)
         tensor([[3.],
                 [8.]])
+        >>> combine(dispatch(torch.tensor([[4.0], [8.0]]), a_plan), a_plan, dtype=torch.bfloat16)
+        tensor([[3.],
+                [8.]], dtype=torch.bfloat16)
+
+    Alike on all ranks: experts without rows may give another dtype than those with rows, as in ``h = r @ w if r.shape[0] else r``
+    under autocast. That is right under autocast, or with ``like`` or ``dtype``. In other cases the rows have the same dtype on
+    all ranks, and the same width in every case: where another rank's rows are narrower, this rank raises a MoECommError; where
+    they are wider, gloo ends this process. The rows require a gradient alike, too, where neither x nor the plan's weights do:
+    ``h = r @ w`` gives all of that without rows as well. docs/reliability.md has the details.
 
     Backward: ``rows`` get the dispatch of the gradient, weighted. The plan's weights get the dot product of the gradient and
     the row. It is one exchange. If the rows are slices of the hidden dim, an all-to-all and an all-gather of R * K numbers add
@@ -239,7 +255,7 @@ def combine(
     Cost: one exchange per tensor.
 
     Precision: each rank first sums over its own experts. Then the token's rank sums over the ranks, in the order of the token's
-    slots. Both sums are in float32 (float64 for float64), and each is rounded to the rows' dtype.
+    slots. Both sums are in float32 (float64 for float64), and each is rounded to the result's dtype.
     """
     _check_plan(plan)
 

@@ -20,7 +20,8 @@ def slice_scatter(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
     shorter or empty.
 
     Args:
-        x: any shape with a ``dim``, any dtype, the same on all ranks. A DTensor is Replicate on the
+        x: any shape with a ``dim``, any dtype but quantized ones and integers of less than a byte;
+            the same on all ranks. A DTensor is Replicate on the
             group's mesh dim; the result is then the DTensor with Shard(dim) there.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
             default group.
@@ -31,7 +32,7 @@ def slice_scatter(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
         along ``dim`` is a dynamic size if P does not divide n.
 
     Raises:
-        TypeError: ``x`` is not a tensor.
+        TypeError: ``x`` is not a tensor, or not of such a dtype.
         ValueError: ``x`` has no ``dim``, or is a DTensor that is not Replicate over the group.
 
     Backward: the all-gather of the slices' gradients. Every rank gets the whole gradient of ``x``.
@@ -57,7 +58,7 @@ def slice_gather(
     for any size.
 
     Args:
-        x: this rank's slice, any dtype; of the same shape on all ranks except along ``dim``. A
+        x: this rank's slice, of a dtype as in `slice_scatter`; of the same shape on all ranks except along ``dim``. A
             DTensor is Shard(dim) on the group's mesh dim; the result is then the DTensor with
             Replicate there.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
@@ -74,7 +75,8 @@ def slice_gather(
         The whole tensor. In a group of one it is ``x`` itself.
 
     Raises:
-        TypeError: ``x`` is not a tensor, or ``size`` not an int.
+        TypeError: ``x`` is not a tensor, or not of such a dtype; ``size`` is not an int; with grad
+            "reduce", ``x`` requires a gradient and is not float64, float32, bfloat16 or float16.
         ValueError, in these cases:
             - ``x`` has no ``dim``
             - ``grad`` is not one of the two, or not "slice" for a DTensor

@@ -114,10 +114,10 @@ def as_param(param: Tensor, local: Tensor) -> Tensor:
 
 def check_device(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
-        if tensor.is_meta:
-            wrong_value("params", "on the meta device", "on a device that holds its values: call the module's to_empty first")
         if tensor.device != tensors[0].device:
             wrong_value("params", f"on {tensors[0].device} and on {tensor.device}", "on one device")
+    if tensors and tensors[0].is_meta:
+        wrong_value("params", "on the meta device", "on a device that holds its values: call the module's to_empty first")
 
 
 def check_alike_over(tensor: Tensor, group: Group) -> None:

@@ -36,8 +36,10 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
     optimizer step keeps the ranks equal.
 
     Args:
-        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...), of any shapes and
-            dtypes, on one device. Shapes, dtypes and requires_grad are the same on all ranks. For a
+        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...), of any shapes, on
+            one device. Any dtypes but quantized ones and integers of less than a byte. Where
+            ``grad`` is not None and a tensor requires a gradient, it is float64, float32, bfloat16,
+            float16 or complex. Shapes, dtypes and requires_grad are the same on all ranks. For a
             DTensor the local shard is sent; the ranks of ``group`` hold the same shard of it.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
             default group.
@@ -50,9 +52,11 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
         itself.
 
     Raises:
-        TypeError: ``params`` holds something that is not a tensor, or ``src`` is not an int.
+        TypeError: ``params`` holds something that is not a tensor or not of such a dtype, or
+            ``src`` is not an int.
         ValueError: ``src`` is not a rank of the group, ``grad`` is not one of the three, the
-            tensors are on several devices, or a DTensor is sharded over the group.
+            tensors are on several devices or on the meta device, or a DTensor is sharded over the
+            group.
 
     Backward:
         "mean", "sum": of the ranks' gradients, on every rank. A tensor without a gradient on a rank
