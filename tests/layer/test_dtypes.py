@@ -205,3 +205,6 @@ def test_complex_tokens_have_the_gradient_of_their_parts() -> None:
         grad = torch.randn(rows.shape, dtype=torch.complex64, generator=seeded(1))
         (got,) = torch.autograd.grad(rows, leaf, grad)
         torch.testing.assert_close(got, torch.stack((grad[0] + grad[2], grad[1] + grad[3], grad[4])))
+    none = torch.empty(0, 4, dtype=torch.complex128, requires_grad=True)
+    rows = mf.dispatch(none, mf.plan(EXPERTS[:0], torch.ones(0, 2), 2))
+    assert torch.autograd.grad(rows, none, rows)[0].shape == rows.shape == none.shape
