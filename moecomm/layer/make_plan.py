@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moecomm.errors import check_reverse_mode
+from moecomm.errors import SUMMED, check_reverse_mode
 from moecomm.inspect.log import log_plan
 from moecomm.inspect.profile import profiled
 from moecomm.layer.placement import Placement
@@ -54,7 +54,8 @@ def plan(
             an integer tensor on the CPU. Every expert is on some rank. An expert on several ranks has a replica on each;
             `sync_replicas_` and `sync_replica_grads_` keep the replicas' weights equal.
         like: what will be dispatched, [T, ...], or a pytree of such tensors. Only shapes, dtypes, requires_grad and DTensor
-            placements are used. Ranks that disagree on them get an error here, not a broken exchange later.
+            placements are used. Ranks that disagree on them get an error here, not a broken exchange later. `combine` gives
+            its result in the dtype of ``like``, unless autocast is on.
         max_rows: C, the same on all ranks: switches static mode on. Each rank sends C tokens to each rank, padding included.
         check: find more faults, at the cost of extra exchanges and host synchronizations. It finds weights that are NaN
             or infinite. In static mode it adds all checks that other plans have. In eager code `dispatch` and `combine`
@@ -132,6 +133,8 @@ def plan(
             tell_refusal("plan" if max_rows is None else "plan with max_rows", (experts, weights, leaves), ranks)
         raise
     made = _dynamic_plan(routing) if max_rows is None else _static_plan(routing, max_rows)
+    if leaves and leaves[0].dtype in SUMMED:
+        made = made._replace(dtype=SUMMED.index(leaves[0].dtype))
     if check:
         made = made._replace(ticket=ticket(experts.device, ranks))
     log_plan(made, leaves)

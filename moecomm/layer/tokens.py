@@ -6,12 +6,23 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, is_grad_enabled
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from moecomm.errors import check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import (
+    check_floating,
+    check_gradient_summed,
+    check_reverse_mode,
+    check_sent,
+    check_tensor,
+    differ,
+    wrong_type,
+    wrong_value,
+)
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
+from moecomm.layer.row_dtype import check_dtype, in_one_dtype
 from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import combine_wire, dispatch_wire
@@ -50,7 +61,9 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     """Send tokens to the ranks of their experts: one row per slot, grouped by local expert.
 
     Args:
-        x: [T, ...], or a pytree of such tensors, any dtypes: this rank's tokens and the data that belongs to them.
+        x: [T, ...], or a pytree of such tensors: this rank's tokens and the data that belongs to them. Any dtypes but quantized
+            ones and integers of less than a byte. A tensor that requires a gradient is float64, float32, bfloat16, float16 or
+            complex.
         plan: the plan of these tokens.
         wire: None, or the 8-bit format in which rows travel, for x of float32, bfloat16 or float16:
             - "float8_e4m3": 8 bits per value, and one float32 scale for each 128 values of a row;
@@ -63,8 +76,8 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         by source rank, then by token. For a DTensor too the result is a plain tensor.
 
     Raises:
-        TypeError: a leaf of ``x`` is not a tensor; ``plan`` is not a `Plan`; a wire is not a string; ``x`` has a dtype that
-            the wire does not support.
+        TypeError: a leaf of ``x`` is not a tensor, or not of such a dtype; ``plan`` is not a `Plan`; a wire is not a string;
+            ``x`` has a dtype that the wire does not support.
         ValueError: a leaf does not have the plan's T tokens, is on another device, or is a DTensor with other placements
             than the plan's; a wire is unknown.
         NotImplementedError: inside a torch.func transform that differentiates, or for dual tensors.
@@ -117,6 +130,8 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         here = [shard_of("x", leaf, plan.layout) for leaf in leaves]
         for leaf in here:  # check all leaves before the first is sent
             _check_leaf("x", leaf, plan, plan.tokens, "T")
+            check_sent("x", leaf)
+            check_gradient_summed("x", leaf)
             check_wires("x", leaf, wire, backward_wire)
         return here
 
@@ -185,7 +200,10 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
 
 
 @profiled
-def combine(rows: Tree, plan: Plan, *, weighted: bool = True, wire: str | None = None, backward_wire: str | None = None) -> Tree:
+def combine(
+    rows: Tree, plan: Plan, *, weighted: bool = True, dtype: torch.dtype | None = None, wire: str | None = None,
+    backward_wire: str | None = None,
+) -> Tree:  # fmt: skip
     """Bring the experts' rows back to their tokens' ranks: the weighted sum of each token over its slots.
 
     ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped. A token without any slot
@@ -198,20 +216,26 @@ def combine(rows: Tree, plan: Plan, *, weighted: bool = True, wire: str | None =
         plan: the plan that the rows were dispatched with.
         weighted: False for the plain sum, for experts that multiply `row_weights` in themselves. It keeps no rows for its
             backward. Pass the same on all ranks.
+        dtype: None, or the dtype of the result, the same on all ranks: float64, float32, bfloat16 or float16. Rows of another
+            dtype are cast to it before they are sent. None, in this order:
+            - under autocast, autocast's dtype, as in `torch.matmul`; float64 rows stay as they are;
+            - the dtype of the plan's ``like``, if ``rows`` is one tensor. If ``like`` is a pytree, its first leaf counts;
+            - the rows' own.
         wire: None, or the 8-bit format in which each rank's sum for a token travels, as in `dispatch`. Each of the sums that
             are added up then has that error. Other libraries do not round these sums.
         backward_wire: the same for the gradient on its way to the experts.
 
     Returns:
-        [T, ...] for each tensor, with its dtype. If the plan was made of DTensors: a DTensor with the placements of the plan's
-        ``like``, or of its experts.
+        [T, ...] for each tensor, in the dtype that ``dtype`` describes. If the plan was made of DTensors: a DTensor with the
+        placements of the plan's ``like``, or of its experts.
 
     Raises:
-        TypeError: a leaf of ``rows`` is not a tensor or not of a floating dtype; ``plan`` is not a `Plan`; ``weighted`` is not
-            a bool.
+        TypeError: a leaf of ``rows`` is not a tensor, or not of one of the four dtypes; ``plan`` is not a `Plan`; ``weighted``
+            is not a bool; ``dtype`` is not one of the four or None.
         ValueError: a leaf does not have the plan's N rows, is on another device, or is a DTensor.
         NotImplementedError, MoECommError, and errors of a wire: as `dispatch` does.
         All of these are raised before any token is sent.
+        MoECommError: another rank's rows were narrower, without autocast, ``like`` and ``dtype``. See Alike on all ranks.
 
     Example:
         >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
@@ -219,6 +243,15 @@ def combine(rows: Tree, plan: Plan, *, weighted: bool = True, wire: str | None =
         >>> combine(dispatch(torch.tensor([[4.0], [8.0]]), a_plan), a_plan)
         tensor([[3.],
                 [8.]])
+        >>> combine(dispatch(torch.tensor([[4.0], [8.0]]), a_plan), a_plan, dtype=torch.bfloat16)
+        tensor([[3.],
+                [8.]], dtype=torch.bfloat16)
+
+    Alike on all ranks: experts without rows may give another dtype than those with rows, as in ``h = r @ w if r.shape[0] else r``
+    under autocast. That is right under autocast, or with ``like`` or ``dtype``. In other cases the rows have the same dtype on
+    all ranks, and the same width in every case: where another rank's rows are narrower, this rank raises a MoECommError; where
+    they are wider, gloo ends this process. The rows require a gradient alike, too, where neither x nor the plan's weights do:
+    ``h = r @ w`` gives all of that without rows as well. docs/reliability.md has the details.
 
     Backward: ``rows`` get the dispatch of the gradient, weighted. The plan's weights get the dot product of the gradient and
     the row; without ``weighted`` they get nothing here. It is one exchange. If the rows are slices of the hidden dim, an
@@ -228,15 +261,17 @@ def combine(rows: Tree, plan: Plan, *, weighted: bool = True, wire: str | None =
     Cost: one exchange per tensor.
 
     Precision: each rank first sums over its own experts. Then the token's rank sums over the ranks, in the order of the token's
-    slots. Both sums are in float32 (float64 for float64), and each is rounded to the rows' dtype.
+    slots. Both sums are in float32 (float64 for float64), and each is rounded to the result's dtype.
     """
     check_plan(plan)
 
     leaves, spec = tree_flatten(rows)
+    leaves = in_one_dtype(leaves, plan, dtype)
 
     def check() -> None:
         if not isinstance(weighted, bool):
             wrong_type("weighted", type(weighted).__name__, "a bool")
+        check_dtype(dtype)
         check_reverse_mode("combine", [plan.weights, *leaves])
         for leaf in leaves:  # check all leaves before the first is sent
             _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
@@ -244,13 +279,16 @@ def combine(rows: Tree, plan: Plan, *, weighted: bool = True, wire: str | None =
             check_rows("rows", leaf, plan.layout)
             check_wires("rows", leaf, wire, backward_wire)
 
-    passed = {"rows": rows, "the plan's weights": plan.weights} if weighted else {"rows": rows}
+    passed = {"rows": leaves, "the plan's weights": plan.weights} if weighted else {"rows": leaves}
     _checked("combine", plan, passed, {"weighted": weighted, "wire": wire, "backward_wire": backward_wire}, check)
     weights = slot_weights(plan) if weighted else None
     return tree_unflatten([placed(_combine(leaf, weights, plan, wire, backward_wire), plan.layout) for leaf in leaves], spec)
 
 
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
+    if x.is_complex():  # as real and imaginary parts: the backward adds up real numbers
+        parts = torch.view_as_real(x.resolve_conj())  # [T, ..., 2]
+        return torch.view_as_complex(_dispatch(parts, plan, wire, backward_wire))
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
