@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
-from moecomm.layer.scores import Score, check_score, log_sigmoid, softmax
+from moecomm.layer.scores import Score, check_score, log_sigmoid, sigmoid, softmax
 from moecomm.ops.routing.choose_experts import choose
 from moecomm.parallel.dtensor import check_whole, placed, to_local
 
@@ -116,7 +116,7 @@ def route(
 
 
 def _scores(logits: Tensor, score: Score) -> Tensor:
-    return logits.sigmoid() if score == "sigmoid" else softmax(logits)
+    return sigmoid(logits) if score == "sigmoid" else softmax(logits)
 
 
 def _eligible(scores: Tensor, num_groups: int, top_groups: int, group_score: str) -> Tensor:

@@ -26,9 +26,29 @@ def softmax(logits: Tensor) -> Tensor:
     return logits.masked_fill(none, 0).softmax(1).masked_fill(none, 0)
 
 
+def sigmoid(logits: Tensor) -> Tensor:
+    """1 / (1 + exp(-logits)), with the same bits for a logit wherever it is in the tensor."""
+    return _by_one_code(logits).sigmoid()
+
+
 def log_sigmoid(logits: Tensor) -> Tensor:
-    """log(1 / (1 + exp(-logits))); torch.nn.functional.logsigmoid cannot be traced where T is unbacked (torch 2.13)."""
-    return -torch.logaddexp(-logits, torch.zeros_like(logits))
+    """log(1 / (1 + exp(-logits))), with the same bits for a logit wherever it is in the tensor.
+
+    torch.nn.functional.logsigmoid cannot be traced where T is unbacked (torch 2.13).
+    """
+    if logits.device.type != "cpu":
+        return -torch.logaddexp(-logits, torch.zeros_like(logits))
+    size = logits.where(logits >= 0, -logits)  # with a derivative of 1 at 0, where that of relu is 0
+    return -(-logits).relu() - _by_one_code(_by_one_code(-size).exp()).log1p()
+
+
+def _by_one_code(x: Tensor) -> Tensor:
+    """``x`` in a layout for which ATen computes each element by the same code.
+
+    On a dense tensor of a CPU it computes all but the last few elements with vector instructions, whose functions differ in the
+    last bit. A token's scores would then depend on how many tokens come after it.
+    """
+    return torch.stack((x, x), -1)[..., 0] if x.device.type == "cpu" else x
 
 
 def shares(logits: Tensor, score: Score) -> Tensor:
