@@ -108,7 +108,7 @@ def plan(
     - Rows at or after ``offsets[-1]`` are padding. `dispatch` fills them with zeros. `torch.nn.functional.grouped_mm`,
       `combine` and their backward passes ignore them. A sum of your own over rows must leave them out.
     - Each rank sends to each rank the first C of its tokens for that rank. C = T, the largest T of all ranks, has room
-      for all tokens. Slots without room are dropped, and so are ids outside [-1, E).
+      for all tokens; it may be 0. Slots without room are dropped, and so are ids outside [-1, E).
     - ``dropped``, [] int32 on the device, counts the dropped slots of this rank's tokens. Slots of id -1 do not count.
     - Without ``check`` neither MoECommError nor ExpertIdError is raised. If the ranks disagree, an exchange hangs, fails
       or delivers wrong data.

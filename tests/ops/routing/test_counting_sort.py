@@ -82,6 +82,11 @@ def test_bounded_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device:
         check_bounded(keys, bins, most, device)
 
 
+def test_bounded_sort_has_room_for_nothing(device: str) -> None:
+    for tokens in (0, 5, 300):
+        check_bounded(routing(tokens, 2, 3, seed=tokens), 3, 0, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_bounded_sort_takes_any_integer_dtype_and_any_strides(dtype: torch.dtype, device: str) -> None:
     keys = routing(150, 2, 5, seed=1, dropped=0.0 if dtype == torch.uint8 else 0.3).to(dtype)
