@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -13,6 +14,7 @@ from moecomm.inspect.profile import profiled
 from moecomm.layer.placement import Placement
 from moecomm.layer.plan import Plan
 from moecomm.layer.plan_call import Routing, make_routing
+from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange.slots import exchange_slots
 from moecomm.ops.routing.count_pairs import count, rank_keys
 from moecomm.ops.routing.counting_sort import bounded_sort, counting_sort
@@ -113,6 +115,10 @@ def plan(
     - Without ``check`` neither MoECommError nor ExpertIdError is raised. If the ranks disagree, an exchange hangs, fails
       or delivers wrong data.
 
+    Anomaly mode: `grouped_mm` leaves rows at or after ``offsets[-1]`` uninitialized, and `torch.autograd.detect_anomaly` stops at
+    a NaN in them. So in eager code under that mode the last expert also gets all padding: ``offsets[-1]`` is N. The padding
+    is zeros, so no result and no gradient changes. Make the plan under the mode too, not only the backward.
+
     Backward: from the plan's weights to ``weights``, in one exchange.
 
     Cost without static mode: one small exchange of 8 KiB to each rank, one host synchronization, the only one of a layer, and
@@ -191,5 +197,7 @@ def _sorted(
     if align > 1:  # each expert's end is rounded up to a multiple of align
         n, padded = n + local * (align - 1), True
     order, position, offsets = counting_sort(ids, local, n, padded, align)
+    if padded and not traced() and torch.is_anomaly_enabled():
+        offsets[-1:].fill_(n)  # the padding counts to the last expert: grouped_mm leaves rows outside offsets uninitialized
     indices = offsets, weights, order, position, send_order, send_position, splits
     return Plan(*indices, routing.experts.shape[0], routing.num_experts, routing.group.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TypeAlias
 
 import torch
@@ -29,20 +30,29 @@ def as_tensor(placement: Placement, ranks: int) -> Tensor:
         if placement.device.type != "cpu":
             wrong_value("placement", f"on {placement.device}", "on the CPU")
     else:
-        if not isinstance(placement, list | tuple) or not all(isinstance(row, list | tuple) for row in placement):
-            wrong_type("placement", type(placement).__name__, "a list of lists of ints, [P, L], or an integer tensor on the CPU")
-        for expert in (expert for row in placement for expert in row):
+        rows = _as_lists(placement)
+        placement = torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), len(rows[0]) if rows else 0)
+    _check_shape(list(placement.shape), ranks)
+    return placement
+
+
+def _as_lists(placement: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The lists or tuples of ``placement``, which are equally long, as lists."""
+    if not isinstance(placement, list | tuple) or not all(isinstance(row, list | tuple) for row in placement):
+        wrong_type("placement", type(placement).__name__, "a list of lists of ints, [P, L], or an integer tensor on the CPU")
+    for row in placement:
+        for expert in row:
             if not isinstance(expert, int) or isinstance(expert, bool):
                 wrong_type("placement", f"with {expert!r}", "of ints")
-        lengths = [len(row) for row in placement]
-        if len(set(lengths)) > 1:
-            wrong_value("placement", f"of {lengths} experts", "of as many on each rank; a rank with room takes a replica")
-        placement = torch.tensor(placement, dtype=torch.int64, device="cpu").view(len(lengths), -1 if sum(lengths) else 0)
-    if placement.shape[0] != ranks or placement.shape[1] == 0:
-        wrong_value(
-            "placement", f"of shape {list(placement.shape)}", f"of shape [P, L], for the group's {ranks} ranks, 1 or more experts each"
-        )
-    return placement
+    lengths = [len(row) for row in placement]
+    if len(set(lengths)) > 1:
+        wrong_value("placement", f"of {lengths} experts", "of as many on each rank; a rank with room takes a replica")
+    return [[index(expert) for expert in row] for row in placement]  # to a compiler too each id is a number, not a symbol
+
+
+def _check_shape(shape: list[int], ranks: int) -> None:
+    if shape[0] != ranks or shape[1] == 0:
+        wrong_value("placement", f"of shape {shape}", f"of shape [P, L], for the group's {ranks} ranks, 1 or more experts each")
 
 
 def check_experts_of(tensors: Sequence[Tensor], local: int) -> None:
@@ -55,7 +65,16 @@ def check_experts_of(tensors: Sequence[Tensor], local: int) -> None:
 
 
 def checked_rows(placement: Placement, group: Group) -> list[list[int]]:
-    """The placement as a list of experts per rank, after all checks."""
-    rows = as_tensor(placement, group.size).numpy().tolist()
+    """The placement as a list of experts per rank, after all checks.
+
+    Lists are constants to a compiler, which cannot read a tensor's values.
+    """
+    if isinstance(placement, Tensor):
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg="moecomm: placement was a tensor, whose values no graph can hold; under fullgraph=True pass lists")
+        rows = as_tensor(placement, group.size).numpy().tolist()
+    else:
+        rows = _as_lists(placement)
+        _check_shape([len(rows), len(rows[0]) if rows else 0], group.size)
     check_rows(rows, max(map(max, rows)) + 1)
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -22,6 +22,7 @@ from moecomm.errors import (
 )
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
+from moecomm.layer.quantized import Quantized
 from moecomm.layer.row_dtype import check_dtype, in_one_dtype
 from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange import dispatch_combine as ops
@@ -37,23 +38,6 @@ from moecomm.parallel.group import resolve_group
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
-
-
-class Quantized(NamedTuple):
-    """The result of `dispatch_quantized`: 8-bit rows and their scales.
-
-    Value d of row n is data[n, d] * scales[n, d // 128]; with wire "mxfp8" it is data[n, d] * scales[n, d // 32].
-
-    Example:
-        >>> a_plan = plan(torch.tensor([[0]]), torch.ones(1, 1), num_experts=1)
-        >>> data, scales, _ = dispatch_quantized(torch.tensor([[7.0, 0.5]]), a_plan, "mxfp8")
-        >>> data.float(), scales.float()
-        (tensor([[448.,  32.]]), tensor([[0.0156]]))
-    """
-
-    data: Tensor  # [N, D] float8_e4m3fn
-    scales: Tensor  # [N, ceil(D / 128)] float32, or with wire "mxfp8" [N, ceil(D / 32)] float8_e8m0fnu
-    rows: Tensor  # [N, D] of x's dtype, without values or memory: it receives the gradient of the rows
 
 
 @profiled
@@ -154,7 +138,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
     Returns:
         `Quantized`: ``data`` [N, D] float8_e4m3fn, and ``scales`` [N, ceil(D / 128)] float32 or, for "mxfp8",
         [N, ceil(D / 32)] float8_e8m0fnu. Both are contiguous; reorder the scales if your kernel needs another order. The
-        padding of static mode is zeros. ``rows`` [N, D] has x's dtype; see Backward.
+        padding of static mode is zeros. ``rows`` [N, D] has x's dtype; see Backward. `dequantize` gives the values.
 
     Raises:
         As `dispatch` does. None is not a valid ``wire``: TypeError.
@@ -164,7 +148,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
         ...     @staticmethod
         ...     def forward(ctx, rows, data, scales, weight):
         ...         ctx.save_for_backward(weight)
-        ...         return data.float() * scales.repeat_interleave(128, 1)[:, :data.shape[1]] * weight
+        ...         return dequantize(Quantized(data, scales, rows)) * weight  # a scaled matmul of 8 bits, in your kernel
         ...     @staticmethod
         ...     def backward(ctx, grad):
         ...         (weight,) = ctx.saved_tensors
@@ -180,7 +164,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
 
     Backward: that of `dispatch`. An 8-bit tensor can only have an 8-bit gradient, so ``data`` and ``scales`` get none. The
     gradient goes to ``rows`` instead: [N, D] of x's dtype, without values and without memory. Your experts define their own
-    backward: they take ``rows`` as one more argument, and return the rows' gradient for it.
+    backward: they take ``rows`` as one more argument, and return the rows' gradient for it. ``rows`` cannot be changed in place.
     """
     check_plan(plan)
 

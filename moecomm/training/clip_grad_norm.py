@@ -14,8 +14,8 @@ from moecomm.errors import wrong_type, wrong_value
 from moecomm.layer.placement import Placement, check_experts_of, checked_rows
 from moecomm.ops.base.process_group import process_group
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
+from moecomm.ops.exchange.replicas import replica_shares
 from moecomm.ops.exchange.sync_params import by_dtype
-from moecomm.ops.routing.place_slots import upload
 from moecomm.ops.rows.norms import norms
 from moecomm.ops.rows.rank_sum import rank_sum
 from moecomm.parallel.group import Group, GroupLike, resolve_group
@@ -141,7 +141,13 @@ def _order(groups: list[Group]) -> dict[tuple[int, ...], Group]:
 
 
 def _ranks(group: Group) -> tuple[int, ...]:
-    return tuple(dist.get_process_group_ranks(process_group(group.name)))
+    return _ranks_by_name(group.name)
+
+
+@torch.compiler.assume_constant_result
+def _ranks_by_name(name: str) -> tuple[int, ...]:
+    """The ranks of the group of this name, traced as a constant: Dynamo cannot look into the registry of names."""
+    return tuple(dist.get_process_group_ranks(process_group(name)))
 
 
 def _shares(named: Mapping[str, Tensor], replicas: Mapping[str | Tensor, tuple[Placement, GroupLike]]) -> list[Tensor | None]:
@@ -154,16 +160,16 @@ def _shares(named: Mapping[str, Tensor], replicas: Mapping[str | Tensor, tuple[P
         if not isinstance(choice, tuple) or len(choice) != 2:
             wrong_type("replicas", f"a mapping to {type(choice).__name__}", "a mapping to (placement, group)")
         ranks = resolve_group(choice[1])
-        rows = checked_rows(choice[0], ranks)
-        mine = rows[process_group(ranks.name).rank() if ranks.size > 1 else 0]
-        placed.append([1 / sum(expert in row for row in rows) for expert in mine])
+        placed.append((checked_rows(choice[0], ranks), ranks))
     shares: list[Tensor | None] = []
     for param, first in zip(named.values(), first_matches("replicas", named, list(replicas)), strict=True):
         if first is None:
             shares.append(None)
             continue
-        check_experts_of([local_part(param)], len(placed[first]))
-        shares.append(upload(torch.tensor(placed[first], dtype=torch.float64), param.device))
+        rows, ranks = placed[first]
+        local = local_part(param)
+        check_experts_of([local], len(rows[0]))
+        shares.append(replica_shares(local.detach(), [expert for row in rows for expert in row], ranks.size, ranks.name))
     return shares
 
 

@@ -78,7 +78,13 @@ def first_matches(argument: str, named: Mapping[str, Tensor], keys: Sequence[str
 
 
 def _matches(key: str | Tensor, name: str, tensor: Tensor) -> bool:
-    return fnmatchcase(name, key) if isinstance(key, str) else key is tensor
+    return _fits(name, key) if isinstance(key, str) else key is tensor
+
+
+@torch.compiler.assume_constant_result
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern. To a compiler it is a constant: Dynamo cannot trace `fnmatch`."""
+    return fnmatchcase(name, pattern)
 
 
 def _shown(key: str | Tensor) -> str:
@@ -93,7 +99,13 @@ def local_gradient(param: Tensor) -> Tensor:
     """The local part of the gradient; zeros if there is no gradient."""
     if param.grad is not None:
         return local_part(param.grad)
-    return torch.zeros_like(local_part(param), dtype=param.grad_dtype or param.dtype)
+    return torch.zeros_like(local_part(param), dtype=_gradient_dtype(param))
+
+
+@torch.compiler.assume_constant_result
+def _gradient_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of the gradient that ``param`` may get, traced as a constant: Dynamo cannot trace ``grad_dtype`` (torch 2.13)."""
+    return param.grad_dtype or param.dtype
 
 
 def check_dense_gradient(param: Tensor) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from moecomm.layer.placement import Placement, check_experts_of, checked_rows
-from moecomm.ops.base.process_group import process_group
-from moecomm.ops.exchange.collectives import start_all_to_all, wait
+from moecomm.ops.base.signature import traced
+from moecomm.ops.exchange.collectives import wait
+from moecomm.ops.exchange.replicas import put_replicas, replicas_exchange
 from moecomm.ops.exchange.sync_params import by_dtype
-from moecomm.ops.routing.place_slots import upload
-from moecomm.ops.rows.rank_sum import rank_sum
 from moecomm.parallel.agree import check_same_kind, check_same_placement, tell_refusal
 from moecomm.parallel.group import Group, GroupLike, resolve_group
 from moecomm.training.params import Params, as_param, check_dense_gradient, check_device, local_gradient, local_part, named_tensors
@@ -59,10 +55,11 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
         return
     with torch.no_grad():
         local = [local_part(tensor) for tensor in tensors]
-        check_same_placement("sync_replicas_", rows, local[0].device, ranks)
-        check_same_kind("sync_replicas_", local, ranks)
+        if not traced():
+            check_same_placement("sync_replicas_", rows, local[0].device, ranks)
+            check_same_kind("sync_replicas_", local, ranks)
         buckets = [[local[i] for i in bucket] for bucket in by_dtype(local)]
-        _exchange(buckets, rows, ranks, lambda parts: parts[0])
+        _exchange(buckets, rows, ranks, add=False)
 
 
 def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike = None) -> None:
@@ -114,68 +111,20 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
         # [L, 1] beside each gradient: 1 if this rank has the gradient. Their sum is not 0 if any replica has one.
         flags = [grad.new_full((grad.shape[0], 1), param.grad is not None) for param, grad in zip(tensors, grads, strict=True)]
         buckets = [[tensor for i in bucket for tensor in (grads[i], flags[i])] for bucket in by_dtype(grads)]
-        _exchange(buckets, rows, ranks, lambda parts: rank_sum(parts.flatten(1), 1, False).view(parts.shape[1:]))
+        _exchange(buckets, rows, ranks, add=True)
         for param, grad, flag in zip(tensors, grads, flags, strict=True):
-            if param.grad is None and flag.any():  # a host sync, on this rank only
+            if param.grad is None and (traced() or flag.any()):  # a host sync, on this rank only
                 param.grad = as_param(param, grad)
 
 
-class Replicas(NamedTuple):
-    """What a rank exchanges with the other ranks that hold some of its experts."""
-
-    slots: list[int]  # the local experts that other ranks hold as well
-    send: list[int]  # the indices in ``slots`` to send to rank 0, then to rank 1, ...
-    splits: list[int]  # [P]: experts sent to each rank, and as many received from it
-    alike: list[tuple[list[int], list[list[int]]]]  # for each number of replicas c: the indices in ``slots`` of its n experts,
-    # and [c, n], in rank order, the places of these replicas: i is slots[i] itself, len(slots) + m is the m-th one received
-
-
-def replicas_of(rows: list[list[int]], rank: int) -> Replicas:
-    """What ``rank`` exchanges if rank p holds the experts rows[p].
-
-    With each other rank it exchanges the experts that both hold, ordered by id.
-    """
-    shared = [sorted(set(row).intersection(rows[rank])) if p != rank else [] for p, row in enumerate(rows)]
-    elsewhere = set().union(*shared)
-    mine = [expert for expert in rows[rank] if expert in elsewhere]
-    received = {pair: len(mine) + m for m, pair in enumerate((p, expert) for p, both in enumerate(shared) for expert in both)}
-    alike: dict[int, tuple[list[int], list[list[int]]]] = {}
-    for i, expert in enumerate(mine):
-        holders = [i if p == rank else received[p, expert] for p, row in enumerate(rows) if expert in row]
-        which, parts = alike.setdefault(len(holders), ([], [[] for _ in holders]))
-        which.append(i)
-        for part, holder in zip(parts, holders, strict=True):
-            part.append(holder)
-    send = [mine.index(expert) for both in shared for expert in both]
-    return Replicas([rows[rank].index(expert) for expert in mine], send, [len(both) for both in shared], list(alike.values()))
-
-
-def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, reduce: Callable[[Tensor], Tensor]) -> None:
-    """Overwrite the replicas with ``reduce`` of all replicas of their expert: [c, n, W] -> [n, W].
+def _exchange(buckets: list[list[Tensor]], rows: list[list[int]], group: Group, add: bool) -> None:
+    """Overwrite the replicas with the first replica of their expert, or with the sum of all.
 
     ``buckets`` has a list of tensors [L, ...] per dtype.
     """
-    if len({expert for row in rows for expert in row}) == sum(map(len, rows)):
+    placement = [expert for row in rows for expert in row]
+    if len(set(placement)) == len(placement):
         return  # no replicas, on any rank
-    replicas = replicas_of(rows, process_group(group.name).rank())
-    device = buckets[0][0].device
-    slots, send = _indices(replicas.slots, device), _indices(replicas.send, device)
-    started = []
-    for bucket in buckets:
-        own = torch.cat([tensor.index_select(0, slots).reshape(len(slots), tensor[0].numel()) for tensor in bucket], 1)  # [slots, W]
-        message = own.index_select(0, send).view(torch.uint8)  # gloo sends bytes, but not every dtype
-        started.append((own, start_all_to_all(message, replicas.splits, group.name)))
-    for bucket, (own, pending) in zip(buckets, started, strict=True):
-        received = wait(pending).view(own.dtype)
-        every = torch.cat((own, received))  # [slots + received, W]
-        for which, parts in replicas.alike:
-            index = _indices(sum(parts, []), device)  # [c * n]
-            whole = reduce(every.index_select(0, index).view(len(parts), len(which), own.shape[1]))  # [n, W]
-            targets = slots.index_select(0, _indices(which, device))  # [n]
-            pieces = whole.split([tensor[0].numel() for tensor in bucket], 1)
-            for tensor, piece in zip(bucket, pieces, strict=True):
-                tensor.index_copy_(0, targets, piece.reshape(len(which), *tensor.shape[1:]))
-
-
-def _indices(numbers: list[int], device: torch.device) -> Tensor:
-    return upload(torch.tensor(numbers, dtype=torch.int64), device)
+    started = [replicas_exchange(bucket, placement, group.size, group.name) for bucket in buckets]
+    for bucket, pending in zip(buckets, started, strict=True):
+        put_replicas(bucket, wait(pending), placement, group.size, add, group.name)

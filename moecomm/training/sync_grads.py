@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moecomm.errors import wrong_type, wrong_value
+from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange.sync_params import Bucket, all_reduce_buckets
 from moecomm.ops.routing.read_sizes import read_list
 from moecomm.parallel.group import Group, GroupLike, resolve_group
@@ -154,7 +155,7 @@ def _write_back(params: list[Tensor], grads: list[Tensor], flat: Tensor) -> None
     *pieces, flags = flat.split([*(grad.numel() for grad in grads), len(params)])
     copy_(grads, pieces)  # into the parameters' gradients, or into the zeros where there was none
     missing = [i for i, param in enumerate(params) if param.grad is None]
-    somewhere = read_list(flags) if missing else []  # a host synchronization, on this rank only
+    somewhere = read_list(flags) if missing and not traced() else []  # a host synchronization, on this rank only
     for i in missing:
-        if somewhere[i]:
+        if traced() or somewhere[i]:
             params[i].grad = as_param(params[i], grads[i])

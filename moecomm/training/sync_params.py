@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moecomm.errors import check_gradient_summed, check_sent, check_tensor, wrong_type, wrong_value
+from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange import sync_params as ops
 from moecomm.ops.exchange.collectives import wait
 from moecomm.parallel.agree import check_same_kind, tell_refusal
@@ -131,7 +132,8 @@ def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
         return
     with torch.no_grad():
         local = [local_part(tensor) for tensor in tensors]
-        check_same_kind("sync_params_", local, ranks)
+        if not traced():
+            check_same_kind("sync_params_", local, ranks)
         pending: tuple[list[Tensor], Tensor] | None = None
         for bucket in in_buckets(local, BUCKET_BYTES):
             mine = [local[i] for i in bucket]

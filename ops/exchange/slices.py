@@ -121,6 +121,15 @@ def _own(chunk: Tensor, size: int, length: int | None, ranks: int, group: str) -
     return chunk if statically_known_true(size % ranks == 0) else cut_rows(chunk, size, ranks, group)
 
 
+def changeable(result: Tensor) -> Tensor:
+    """``result`` of an autograd.Function, so that the caller may change it in place: the same memory, which is no view to autograd.
+
+    Autograd refuses to change a view that a Function returned. `detach` returns no view, but shares the version counter: a tensor
+    that was saved for a backward and then changed is still an error.
+    """
+    return result.detach()
+
+
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
@@ -140,7 +149,7 @@ class _Gather(torch.autograd.Function):
         chunk = pad_slice(x.movedim(dim, 0), size, ranks, group)
         whole = all_gathered(start_all_gather(chunk, ranks, group), chunk, ranks)
         # Only the last chunks are short, so all padding comes after the last row.
-        return whole.narrow(0, 0, size).movedim(0, dim).contiguous()
+        return changeable(whole.narrow(0, 0, size).movedim(0, dim).contiguous())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,7 +162,7 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dim: int, length: int | None, ranks: int, group: str) -> Tensor:
         ctx.back = dim, x.shape[dim], ranks, group, False
         total = reduced(start_reduce(x.movedim(dim, 0), ranks, group), ranks)
-        return _own(total, x.shape[dim], length, ranks, group).movedim(0, dim).contiguous()
+        return changeable(_own(total, x.shape[dim], length, ranks, group).movedim(0, dim).contiguous())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
-from moecomm.ops.exchange.slices import define_function, reduced, start_reduce
+from moecomm.ops.exchange.slices import changeable, define_function, reduced, start_reduce
 
 
 def total(x: Tensor, ranks: int, group: str) -> Tensor:
@@ -28,7 +28,7 @@ class _SumRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: int, group: str) -> Tensor:
         ctx.back = ranks, group
-        return total(x, ranks, group)
+        return changeable(total(x, ranks, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,7 +39,7 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: int, group: str) -> Tensor:
         ctx.back = ranks, group
-        return x.view_as(x)
+        return changeable(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""attach_loss: y = x, as a view.
+"""attach_loss: y = x, in the same memory.
 
 Costs nothing.
 Its backward passes the gradient of x on unchanged, and gives the loss the gradient ``scale``.
@@ -37,7 +37,7 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.arguments = scale, loss.dtype, loss.device
-        return x.view_as(x)
+        return x.detach()  # the memory of x, but no view of it to autograd: the caller may change it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,21 +2,27 @@
 
 Costs one read of N * (D + bytes of scales) bytes and one write of N * D elements. `wire_formats.py` has the formats.
 Its mirror is `quantize`. Neither has a backward: the ops of `dispatch_combine_wire.py` use them and pass the gradient unchanged.
+`dequantize_apart` takes back the values and scales that `quantized_rows` gave. It copies them into one message first. Its ``rows`` have
+no values: their gradient is that of the result.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moecomm.ops.base.library import define, jit, tl
+from moecomm.ops.base.library import define, differentiable, jit, tl
 from moecomm.ops.rows.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.rows.quantize import STEP, tile
 from moecomm.ops.rows.wire_formats import WIRES, blocks
 
 SCHEMA = "dequantize(Tensor message, Tensor? order, int k, SymInt d, ScalarType dtype, str wire) -> Tensor"
 APART = "quantized_rows(Tensor message, Tensor order, int k, SymInt d, str wire) -> (Tensor, Tensor)"
+
+TOGETHER = "dequantize_apart(Tensor rows, Tensor data, Tensor scales, str wire) -> Tensor"
 
 
 def dequantize_fake(message: Tensor, order: Tensor | None, k: int, d: int, dtype: torch.dtype, wire: str) -> Tensor:
@@ -114,5 +120,31 @@ def _as_floats(data: Tensor, scales: Tensor, wire: str) -> tuple[Tensor, Tensor]
     return data.view(torch.float8_e4m3fn), scales.view(dtype) if scales.shape[1] else scales.new_empty(scales.shape, dtype=dtype)
 
 
+def apart_fake(rows: Tensor, data: Tensor, scales: Tensor, wire: str) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+def _message(data: Tensor, scales: Tensor) -> Tensor:
+    return torch.cat((data.view(torch.uint8), scales.contiguous().view(torch.uint8)), 1)  # [N, W]
+
+
+def apart_cpu(rows: Tensor, data: Tensor, scales: Tensor, wire: str) -> Tensor:
+    return dequantize_cpu(_message(data, scales), None, 1, data.shape[1], rows.dtype, wire)
+
+
+def apart_triton(rows: Tensor, data: Tensor, scales: Tensor, wire: str) -> Tensor:
+    return dequantize_triton(_message(data, scales), None, 1, data.shape[1], rows.dtype, wire)
+
+
+def apart_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass  # the gradient passes unchanged
+
+
+def apart_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None, None, None
+
+
 dequantize = define(SCHEMA, dequantize_fake, dequantize_cpu, dequantize_triton)
 quantized_rows = define(APART, quantized_rows_fake, quantized_rows_cpu, quantized_rows_triton)
+dequantize_apart = define(TOGETHER, apart_fake, apart_cpu, apart_triton)
+differentiable(dequantize_apart, apart_save, apart_backward)

@@ -27,7 +27,8 @@ def layer(own: dict[str, Tensor], experts: Tensor, align: int, max_rows: int | N
     rows = mf.dispatch(own["x"], plan)
     assert (rows.detach()[plan.row_order < 0] == 0).all()
     made = loop(rows, own["up"], own["down"], plan.offsets)  # the padding between experts' rows is computed as well
-    return mf.combine(pad(made, (0, 0, 0, rows.shape[0] - made.shape[0])), plan)
+    made = pad(made, (0, 0, 0, rows.shape[0] - made.shape[0]))
+    return mf.combine(made.masked_fill((plan.row_order < 0).unsqueeze(1), float("nan")), plan)  # whatever the experts make of padding
 
 
 def here(case: Case, align: int, static: bool) -> tuple[list[Tensor], Tensor, list[list[int]]]:
