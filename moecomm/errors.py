@@ -11,10 +11,11 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what moecomm computes in
-MOVED = (  # what moecomm sends without computing: torch copies these on every device
+BITS = ("bits8", "bits16", "bits1x8", "bits2x4", "bits4x2")  # a later torch may lack these
+MOVED = (  # what moecomm sends, without computing
     *SUMMED, *INTEGERS, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex32, torch.complex64, torch.complex128,
     torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2,
-    torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2,
+    *(getattr(torch, name) for name in BITS if hasattr(torch, name)),
 )  # fmt: skip
 LISTED = "float64, float32, bfloat16 or float16"
 
