@@ -245,7 +245,9 @@ def combine(
     Cost: one exchange per tensor.
 
     Precision: each rank first sums over its own experts. Then the token's rank sums over the ranks, in the order of the token's
-    slots. Both sums are in float32 (float64 for float64), and each is rounded to the result's dtype.
+    slots. Both sums are in float32 (float64 for float64), and each is rounded to the result's dtype. Weights keep their own
+    precision, whatever their size: float16 rows with float32 weights of 1e-8 or 1e5 are as precise as others. On CPUs a weight
+    counts with a relative error of at most 2^-16 where the rows are float16 or bfloat16.
     """
     check_plan(plan)
 

@@ -1,6 +1,7 @@
 """y[m] = sum over j of weights[m, j] * rows[position[m, j]], in the order of j, where position[m, j] is not -1.
 
-Costs one read of N * D elements and one write of M * D. Accumulates in float32 (float64 for float64); weights keep their own precision.
+Costs one read of N * D elements and one write of M * D. Accumulates in float32 (float64 for float64); weights keep their own precision,
+on CPUs to 2^-16 where the rows have less than float32.
 Its backward is the op `weighted_sum_backward`. Without weights it is the mirror of `gather`.
 """
 
