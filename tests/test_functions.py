@@ -61,13 +61,12 @@ def after(cases: Cases, change: Change, compiled: bool) -> dict[str, list[Tensor
     return left
 
 
-def check_here(names: list[str]) -> None:
-    cases = [(name, number) for name in names for number in range(len(CALLS[name]))]
-    want = after(cases, new_tensor, compiled=False)
-    for got in (after(cases, in_place, compiled=False), after(cases, in_place, compiled=True)):
-        for name in want:
-            for mine, its in zip(got[name], want[name], strict=True):
-                torch.testing.assert_close(mine, its, msg=lambda text, name=name: f"{name}: {text}")
+def check_here(compiled: bool) -> None:
+    cases = [(name, number) for name in CALLS for number in range(len(CALLS[name]))]
+    want, got = after(cases, new_tensor, compiled=False), after(cases, in_place, compiled)
+    for name in want:
+        for mine, its in zip(got[name], want[name], strict=True):
+            torch.testing.assert_close(mine, its, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_every_function_has_a_call_here() -> None:
@@ -75,10 +74,14 @@ def test_every_function_has_a_call_here() -> None:
     assert all(CALLS.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_function_is_one_graph_and_its_results_can_be_changed_in_place(ranks: int) -> None:
-    if ranks == 1:
-        check_here([*CALLS])
-    else:
-        run_ranks(check_here, ranks, [*CALLS], timeout=300)
+@pytest.mark.parametrize(
+    ("ranks", "compiled"),
+    [
+        (1, False),
+        (2, False),
+        pytest.param(1, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param(2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_every_function_is_one_graph_and_its_results_can_be_changed_in_place(ranks: int, compiled: bool) -> None:
+    run_ranks(check_here, ranks, compiled, timeout=300)

@@ -78,6 +78,7 @@ def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanatio
     """Explain a plan: who sends what to whom, and how many rows each expert has. Collective over the plan's group.
 
     Every rank of the group calls it, and every rank gets the same result. You can print it, plot it or compute with it.
+    It is for eager code: it reads sizes on the host, so torch.compile cannot trace it.
 
     Args:
         plan: the result of `plan`.
@@ -109,8 +110,8 @@ def explain(plan: Plan, x: Any = None, *, wire: str | None = None) -> Explanatio
 
     Backward: none.
 
-    Cost: one all-gather of 3 + 2 * P + L numbers per rank, and one host synchronization. Call it in eager code when you want to
-    look, not in every step.
+    Cost: one all-gather of 3 + 2 * P + L numbers per rank, and one host synchronization. Call it when you want to look, not in
+    every step.
     """
     if not isinstance(plan, Plan):
         wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")

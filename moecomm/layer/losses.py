@@ -260,8 +260,8 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
             precision, multiply ``scale`` by the same factor.
 
     Returns:
-        ``x``, as a view. The zero-bubble pipeline schedules accept no view as a stage's output, so do not make this the
-        last step of such a stage.
+        A tensor with the values and the memory of ``x``, which autograd does not take for a view. If you change it in
+        place, the memory of ``x`` changes as well: do not use ``x`` afterwards, as after `torch.Tensor.detach`.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype or shape.

@@ -71,7 +71,7 @@ def checked_rows(placement: Placement, group: Group) -> list[list[int]]:
     """
     if isinstance(placement, Tensor):
         if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(msg="moecomm: placement was a tensor, whose values no graph can hold; under fullgraph=True pass lists")
+            torch._dynamo.graph_break(msg="placement was a tensor, whose values no graph can hold; it must be lists under fullgraph=True")
         rows = as_tensor(placement, group.size).numpy().tolist()
     else:
         rows = _as_lists(placement)

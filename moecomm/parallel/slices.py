@@ -1,4 +1,7 @@
-"""slice_scatter, slice_gather and slice_reduce: slice a tensor that all ranks have, gather the slices, or sum and slice."""
+"""slice_scatter, slice_gather and slice_reduce: slice a tensor that all ranks have, gather the slices, or sum and slice.
+
+Results may be changed in place. In a group of one they are ``x`` itself, which then changes, too.
+"""
 
 from __future__ import annotations
 

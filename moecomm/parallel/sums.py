@@ -62,7 +62,8 @@ def sum_gradient(x: Tensor, group: GroupLike) -> Tensor:
             default group.
 
     Returns:
-        ``x``.
+        A tensor with the values and the memory of ``x``; in a group of one, and for a DTensor, ``x`` itself. If you change it
+        in place, the memory of ``x`` changes as well: do not use ``x`` afterwards, as after `torch.Tensor.detach`.
 
     Raises:
         TypeError: ``x`` is not a tensor of a floating dtype.

@@ -52,7 +52,8 @@ def clip_grad_norm_(
             in ``spread``, to the placement and group that `sync_replica_grads_` took:
             ``{"*.experts.*": (placement, mesh["ep"])}``. The parameters are the experts' weights,
             [L, ...] each. Each of the c replicas of an expert counts for 1 / c, so that together
-            they count once. None, or no match: no replicas.
+            they count once. None, or no match: no replicas. Under torch.compile the placement is
+            lists of ints, as no graph can hold the values of a tensor.
 
     Returns:
         The norm before scaling: the Euclidean norm over all elements, float64, without dims, on the

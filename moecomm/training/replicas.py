@@ -40,6 +40,9 @@ def sync_replicas_(params: Params, placement: Placement, group: GroupLike = None
     Costs two small exchanges that the host reads, and one exchange per dtype. In the latter a rank
     receives, for each of its replicated experts, the weights of all other ranks that hold the
     expert.
+
+    Under torch.compile ``placement`` is lists of ints, as no graph can hold the values of a tensor. The ranks' placements and
+    weights are then not compared, because the host would have to read the comparison.
     """
     ranks = resolve_group(group)
     tensors: list[Tensor] = []
@@ -96,6 +99,9 @@ def sync_replica_grads_(params: Params, placement: Placement, group: GroupLike =
 
     The gradients are added in rank order in float32 (float64 for float64) and rounded once: the
     same bits on all replicas, run after run.
+
+    Under torch.compile ``placement`` is lists of ints, and the host reads nothing. So a parameter without a gradient always gets
+    one: of zeros if no rank that shares experts with this rank has one.
     """
     ranks = resolve_group(group)
     tensors = [param for param in named_tensors(params).values() if param.requires_grad]

@@ -93,6 +93,8 @@ def sync_grads_(
 
     The gradients are added in rank order in float32 (float64 for float64) and rounded once: the
     same bits on all ranks, run after run.
+
+    Under torch.compile the host reads nothing. So a parameter without a gradient always gets one: of zeros if no rank has one.
     """
     _check(reduce, scale, bucket_bytes)
     named = {name: param for name, param in named_tensors(params).items() if param.requires_grad}

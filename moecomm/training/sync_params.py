@@ -74,6 +74,8 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
     Costs one broadcast per dtype. The backward costs one all-to-all and one all-gather per dtype,
     for all parameters together.
 
+    You may change the new tensors in place. In a group of one they are the parameters themselves, so that would change these.
+
     `torch.func.grad` works as well, in eager mode. Under torch.compile, compile the forward pass;
     its ``backward()`` is compiled with it.
     """
@@ -118,6 +120,9 @@ def sync_params_(params: Params, group: GroupLike, src: int = 0) -> None:
     >>> sync_params_(torch.nn.Linear(2, 1), None)  # a single process has nothing to do
 
     Costs one small exchange that the host reads, and one broadcast for each 25 MiB of a dtype.
+
+    Under torch.compile the ranks' tensors are not compared, because the host would have to read the comparison. If they differ,
+    a broadcast hangs, fails or delivers wrong data.
     """
     ranks = resolve_group(group)
     tensors: list[Tensor] = []

@@ -2,8 +2,10 @@
 
 `replicas_exchange` sends each replica to the other ranks that hold its expert: W elements for each, with one all-to-all per dtype.
 `put_replicas` then overwrites the replicas, in place. It neither reads nor writes rows without replicas. None has a backward.
-`replica_shares`: 1 / c for a local expert with c replicas. The placement is a flat list of P * L experts, the same on all ranks, and the rank is looked up when
-an op runs, so that a graph holds neither the rank nor its sizes.
+`replica_shares`: 1 / c for a local expert with c replicas.
+
+The placement is a flat list of P * L experts, the same on all ranks. An op looks up the rank when it runs, so that a graph holds
+neither the rank nor its sizes.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def test_an_expert_that_is_on_several_ranks_counts_once() -> None:
         torch.testing.assert_close(plain, whole[1].grad[row], rtol=1e-12, atol=0)
         assert torch.equal(plain, sharded)
         assert collectives == [GATHER]
-        assert reads == []  # of the placement, which is on the CPU
+        assert reads == []
 
 
 def errors_here() -> None:
