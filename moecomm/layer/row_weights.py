@@ -6,8 +6,9 @@ from torch import Tensor
 
 from moecomm.errors import check_reverse_mode
 from moecomm.inspect.profile import profiled
+from moecomm.layer.combine import slot_weights
 from moecomm.layer.plan import Plan
-from moecomm.layer.tokens import check_plan, slot_weights
+from moecomm.layer.token_calls import check_plan
 from moecomm.ops.rows.gather import gather
 
 
