@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import permutations
 from typing import Any
 from unittest.mock import patch
 
@@ -128,6 +129,30 @@ EVERYTHING = [(ranks, dtype) for ranks in (1, 2, 4) for dtype in (torch.float32,
 )
 def test_fifty_routings_and_token_counts_recompile_nothing_and_are_eager_bit_for_bit(ranks: int, dtype: torch.dtype) -> None:
     run_ranks(fifty_here, ranks, dtype, timeout=500)
+
+
+def orders_here(order: tuple[int, ...]) -> None:
+    """T = 0, 1 and 2 of nothing but shapes, first in inference mode and then in a training."""
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    experts = parameters(torch.float32)
+    for seed, tokens in enumerate((order[0], *order, order[0])):
+        given = tokens_here(seed, (tokens + dist.get_rank()) % 3, torch.float32, "random")
+        if seed == 0:
+            with torch.inference_mode():
+                assert torch.equal(compiled(*given, *experts), layer(*given, *experts))
+            continue
+        for got, want in zip(step(compiled, given, experts), step(layer, given, experts), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "order"),
+    [pytest.param(ranks, order, marks=() if (ranks, order) == (1, (2, 0, 1)) else pytest.mark.exhaustive)
+     for ranks in (1, 2) for order in permutations((0, 1, 2))],
+)  # fmt: skip
+def test_none_one_or_two_tokens_compile_in_any_order_and_after_inference(ranks: int, order: tuple[int, ...]) -> None:
+    run_ranks(orders_here, ranks, order, timeout=300)
 
 
 def ops_alone(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
