@@ -131,6 +131,7 @@ def test_keys_that_need_more_than_16_bits() -> None:
     assert offsets[[0, 6, 7, 2**15 - 1, 2**15]].tolist() == [0, 0, 1, 1, 3]
 
 
+@pytest.mark.slow
 def test_sort_passes_opcheck(device: str) -> None:
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
         keys = routing(tokens, k, 4, seed=tokens).to(device)

@@ -35,5 +35,6 @@ def test_an_infinity_or_a_nan_shows_in_the_norm_of_its_own_tensor(device: str) -
     torch.testing.assert_close(norms(values).cpu(), torch.tensor([torch.inf, 5, torch.nan, torch.inf]).double(), equal_nan=True)
 
 
+@pytest.mark.slow
 def test_norms_pass_opcheck(device: str) -> None:
     opcheck(norms, (tensors(torch.float32, device),), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
