@@ -10,6 +10,14 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what moecomm computes in
+BITS = ("bits8", "bits16", "bits1x8", "bits2x4", "bits4x2")  # a later torch may lack these
+MOVED = (  # what moecomm sends, without computing
+    *SUMMED, *INTEGERS, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex32, torch.complex64, torch.complex128,
+    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2,
+    *(getattr(torch, name) for name in BITS if hasattr(torch, name)),
+)  # fmt: skip
+LISTED = "float64, float32, bfloat16 or float16"
 
 
 class MoECommError(RuntimeError):
@@ -52,9 +60,23 @@ def check_slots(experts: torch.Tensor, most: int) -> None:
 
 
 def check_floating(argument: str, value: torch.Tensor) -> None:
-    """Raise unless ``value`` has a floating dtype."""
-    if not value.dtype.is_floating_point:
-        wrong_type(argument, f"of dtype {value.dtype}", "of a floating dtype")
+    """Raise unless ``value`` has a floating dtype in which moecomm computes: float8 and float4 are only sent."""
+    if value.dtype not in SUMMED:
+        must = f"of dtype {LISTED}, to compute with" if value.dtype.is_floating_point else "of a floating dtype"
+        wrong_type(argument, f"of dtype {value.dtype}", must)
+
+
+def check_sent(argument: str, value: torch.Tensor) -> None:
+    """Raise if ``value`` has a dtype that is not sent: quantized tensors, and integers of less than a byte."""
+    if value.dtype not in MOVED:
+        wrong_type(argument, f"of dtype {value.dtype}", "of a dtype of whole bytes that is not quantized, or a view as uint8")
+
+
+def check_gradient_summed(argument: str, value: torch.Tensor, complex: bool = True) -> None:
+    """Raise if the gradient of ``value`` is a sum, in a dtype in which moecomm does not add up."""
+    if value.requires_grad and torch.is_grad_enabled() and value.dtype not in SUMMED and not (complex and value.is_complex()):
+        must = f"of dtype {LISTED}{', or complex' if complex else ''}, to require one"
+        wrong_type(argument, f"of dtype {value.dtype} and requires a gradient", must)
 
 
 def check_reverse_mode(function: str, tensors: Iterable[object]) -> None:

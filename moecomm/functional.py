@@ -6,12 +6,14 @@ reverse. docs/functions.md lists all functions.
 
 from moecomm.inspect.explain import explain
 from moecomm.layer.capacity import limit_by_capacity
+from moecomm.layer.combine import combine
+from moecomm.layer.dispatch import dispatch, dispatch_quantized
 from moecomm.layer.losses import attach_loss, load_balance_loss, update_bias, z_loss
 from moecomm.layer.make_plan import plan
 from moecomm.layer.plan import Plan
 from moecomm.layer.quantized import Quantized, dequantize
 from moecomm.layer.route import route
-from moecomm.layer.tokens import combine, dispatch, dispatch_quantized
+from moecomm.layer.row_weights import row_weights
 from moecomm.parallel.slices import slice_gather, slice_reduce, slice_scatter
 from moecomm.parallel.sums import sum_gradient, sum_ranks
 from moecomm.training.clip_grad_norm import clip_grad_norm_
@@ -33,6 +35,7 @@ __all__ = [
     "load_balance_loss",
     "plan",
     "route",
+    "row_weights",
     "slice_gather",
     "slice_reduce",
     "slice_scatter",

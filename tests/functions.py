@@ -45,9 +45,9 @@ def plan(given: Inputs, group: GroupLike, **options: Any) -> mf.Plan:
     return mf.plan(given.experts, given.weights, E, group, like=given.x, **options)
 
 
-def layer(given: Inputs, group: GroupLike, **options: Any) -> Tensor:
+def layer(given: Inputs, group: GroupLike, weighted: bool = True, **options: Any) -> Tensor:
     a_plan = plan(given, group, **options)
-    return mf.combine(mf.dispatch(given.x, a_plan), a_plan)
+    return mf.combine(mf.dispatch(given.x, a_plan), a_plan, weighted=weighted)
 
 
 def quantized(given: Inputs, group: GroupLike) -> Tensor:
@@ -68,7 +68,7 @@ CALLS: dict[str, list[Call]] = {
         lambda i, group: mf.clip_grad_norm_(i.params, 1.0, spread={i.params["gate"]: "", "*": group}),
         lambda i, group: mf.clip_grad_norm_(i.params, 1.0, replicas={"experts*": (i.placement, group)}),
     ],
-    "combine": [layer, lambda i, group: layer(i, group, max_rows=T), lambda i, group: layer(i, group, align=4)],
+    "combine": [layer, lambda i, group: layer(i, group, max_rows=T), lambda i, group: layer(i, group, weighted=False, align=4)],
     "dequantize": [quantized],
     "dispatch": [lambda i, group: mf.dispatch({"x": i.x, "wide": i.x.unsqueeze(2)}, plan(i, group))],
     "dispatch_quantized": [quantized],
@@ -80,6 +80,7 @@ CALLS: dict[str, list[Call]] = {
             mf.plan(i.experts.clamp(max=len(i.placement)), i.weights, 1 + len(i.placement), group, placement=i.placement).weights
         ),
     ],
+    "row_weights": [lambda i, group: mf.row_weights(plan(i, group)), lambda i, group: mf.row_weights(plan(i, group, max_rows=T))],
     "route": [
         lambda i, group: mf.route(i.logits, K),
         lambda i, group: mf.route(i.logits, K, score="sigmoid", bias=i.logits[0].detach()),

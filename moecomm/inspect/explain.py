@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from moecomm.errors import MoECommError, check_tensor, wrong_type, wrong_value
 from moecomm.layer.plan import Plan
-from moecomm.layer.tokens import check_wires
+from moecomm.layer.token_calls import check_wires
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
 from moecomm.ops.routing.read_sizes import read_list
 from moecomm.ops.rows.wire_formats import width

@@ -13,14 +13,15 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
 from moecomm.layer.capacity import count_slots
+from moecomm.layer.scores import Score, check_score, shares
 from moecomm.ops.exchange.collectives import all_reduced
 from moecomm.ops.rows import attach_loss as ops
-from moecomm.parallel.dtensor import alike_over, check_replicated, check_whole, placed_mean, routed_like, to_local, token_groups
-from moecomm.parallel.group import Group, GroupLike, resolve_group
+from moecomm.parallel.dtensor import alike_over, check_replicated, placed_mean, routed_like, to_local, token_groups
+from moecomm.parallel.group import ALONE, Group, GroupLike, resolve_group
 from moecomm.parallel.slices import slice_gather
 
 
-def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike = None) -> Tensor:
+def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike = None, *, score: Score | None = None) -> Tensor:
     """The auxiliary load-balancing loss of Switch and GShard: E * sum over e of f_e * p_e.
 
     f_e is the fraction of all slots that expert e has. p_e is the mean probability of expert e. Both are taken over the
@@ -28,17 +29,21 @@ def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike =
     one expert gets everything. Over a group it is the loss of the whole batch; a single rank may be unbalanced.
 
     Args:
-        probabilities: [T, E], floating dtype: the router's probabilities, ``logits.softmax(-1)``. Pass sigmoid scores as
-            ``scores / scores.sum(-1, keepdim=True)``: the loss is 1 in balance only if each token's values sum to 1.
-            T may differ between ranks and may be 0.
+        probabilities: [T, E], floating dtype: the router's logits, with ``score``. Or else the router's probabilities: the
+            loss is 1 in balance only if each token's values sum to 1. T may differ between ranks and may be 0.
         experts: [T, K], integer dtype: the experts that `route` chose, before `limit_by_capacity`. After that limit the
             loss would not see the slots over capacity. A slot of -1 counts for no expert. A token without any expert is
-            ignored.
+            ignored, and its row of ``probabilities`` gets a gradient of 0.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        score: None, or the ``score`` that `route` got, if ``probabilities`` are logits. The probabilities are then the
+            logits' "softmax", or their "sigmoid" scores divided by the sum of the token's scores. They are right for any
+            finite logits, also where all scores of a token round to zero. A logit of -inf has the probability 0 and a
+            gradient of 0, also if all logits of the token are -inf. Torch's own softmax, or a division by the sum, would
+            give NaN there.
 
     Returns:
-        A float32 scalar (float64 for float64 probabilities), the same on all ranks; 0 without tokens. For DTensors see
-        below.
+        A float32 scalar (float64 for float64 probabilities), the same on all ranks; 0 without tokens. All computation is in
+        that dtype. For DTensors see below.
 
     Raises:
         TypeError, ValueError: an argument is wrong on this rank, or a DTensor has an unsupported placement. Raised
@@ -50,6 +55,9 @@ def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike =
         tensor(1.)
         >>> load_balance_loss(probabilities, torch.tensor([[0], [0]]))
         tensor(1.2500)
+        >>> logits = torch.tensor([[-90.0, -91.0], [-torch.inf, -torch.inf]])  # sigmoids of 0 in float32; a padding token
+        >>> load_balance_loss(logits, route(logits, 1, score="sigmoid")[1], score="sigmoid")
+        tensor(1.4621)
 
     Backward: to ``probabilities``, through p only. The gradient is that of the sum of all ranks' losses. If the gradients
     of parameters are averaged over the ranks, as in data parallelism, they are those of the group's one loss.
@@ -68,28 +76,28 @@ def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike =
     """
     ranks = resolve_group(group)
     like = routed_like({"probabilities": probabilities, "experts": experts}, ranks)
+    if score is not None:
+        check_score(score)
     if like is None:
-        return _balance(probabilities, experts, ranks, "reduce")
+        return _balance(probabilities, experts, ranks, "reduce", score)
     covered, alike = alike_over(like, ranks)
     # If all ranks of the group have the one loss, they also have its gradient: each rank takes the slice for its own part.
-    loss = _balance(to_local(probabilities), to_local(experts), ranks, "slice" if covered else "reduce")
+    loss = _balance(to_local(probabilities), to_local(experts), ranks, "slice" if covered else "reduce", score)
     return placed_mean(loss, like.device_mesh, alike)
 
 
-def _balance(probabilities: Tensor, experts: Tensor, ranks: Group, grad: Literal["slice", "reduce"]) -> Tensor:
+def _balance(probabilities: Tensor, experts: Tensor, ranks: Group, grad: Literal["slice", "reduce"], score: Score | None) -> Tensor:
     check_tensor("probabilities", probabilities, "[T, E]", dims=2)
     check_floating("probabilities", probabilities)
-    check_experts(experts)
-    if differ(experts.shape[0], probabilities.shape[0]):
-        wrong_value("experts", f"of shape {list(experts.shape)}", f"of probabilities' T = {probabilities.shape[0]} tokens")
-    if experts.device != probabilities.device:
-        wrong_value("experts", f"on {experts.device}", f"on probabilities' device, {probabilities.device}")
+    _check_experts_of("probabilities", probabilities, experts)
     num_experts = probabilities.shape[1]
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
     slots = count_slots(experts, num_experts)
-    routed = (slots.keys < num_experts).any(1)  # [T]
-    sums = probabilities.to(dtype).masked_fill(~routed.unsqueeze(1), 0).sum(0)  # [E]
-    stats = torch.cat((slots.counts.to(dtype), sums, routed.sum(0, keepdim=True).to(dtype)))  # [2 E + 1], sent as one message
+    ignored = (slots.keys == num_experts).all(1)  # [T]
+    counted = probabilities.to(dtype).masked_fill(ignored.unsqueeze(1), 0 if score is None else -torch.inf)
+    sums = (counted if score is None else shares(counted, score)).sum(0)  # [E]
+    tokens = (~ignored).sum(0, keepdim=True).to(dtype)
+    stats = torch.cat((slots.counts.to(dtype), sums, tokens))  # [2 E + 1], sent as one message
     if ranks.size > 1:
         stats = slice_gather(stats.unsqueeze(0), ranks.name, grad=grad).sum(0)
     counts, sums, tokens = stats.split((num_experts, num_experts, 1))
@@ -97,57 +105,85 @@ def _balance(probabilities: Tensor, experts: Tensor, ranks: Group, grad: Literal
     return num_experts * (fractions * sums / tokens.clamp(min=1)).sum()
 
 
-def z_loss(logits: Tensor) -> Tensor:
+def _check_experts_of(argument: str, value: Tensor, experts: Tensor) -> None:
+    """Raise unless ``experts`` are those of the tokens of ``value``."""
+    check_experts(experts)
+    if differ(experts.shape[0], value.shape[0]):
+        wrong_value("experts", f"of shape {list(experts.shape)}", f"of {argument}' T = {value.shape[0]} tokens")
+    if experts.device != value.device:
+        wrong_value("experts", f"on {experts.device}", f"on {argument}' device, {value.device}")
+
+
+def z_loss(logits: Tensor, experts: Tensor | None = None, group: GroupLike = "") -> Tensor:
     """The router z-loss of ST-MoE: the mean over tokens of logsumexp(logits)^2.
 
     It keeps the logits small (arXiv 2202.08906).
 
     Args:
-        logits: [T, E], floating dtype. A logit of -inf marks an expert that the token may not choose. A token whose
-            logits are all -inf is ignored.
+        logits: [T, E], floating dtype. A logit of -inf marks an expert that the token may not choose; its gradient is 0. A
+            token whose logits are all -inf is ignored. T may differ between ranks and may be 0.
+        experts: [T, K], integer dtype, or None: the experts that `route` chose. A token without any expert, with -1 in all
+            slots, is ignored, and its logits get a gradient of 0.
+        group: "" for the mean over this rank's tokens. Or, as in `load_balance_loss`, for the mean over all ranks' tokens:
+            a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group. Ranks with
+            different numbers of counted tokens need it: the mean of their means is not the mean over the batch.
 
     Returns:
-        A scalar: this rank's mean, 0 without tokens. It is computed and returned in float32 (float64 for float64
-        logits). For DTensors see below.
+        A scalar, 0 without tokens. It is computed and returned in float32 (float64 for float64 logits). For DTensors see
+        below.
 
     Raises:
-        TypeError, ValueError: ``logits`` has a wrong type, dtype or shape, or is a DTensor with an unsupported
-            placement. Raised before anything is sent.
+        TypeError, ValueError: an argument is wrong on this rank, or a DTensor has an unsupported placement. Raised before
+            anything is sent.
 
     Example:
         >>> z_loss(torch.zeros(3, 4))  # log(4)^2
         tensor(1.9218)
+        >>> z_loss(torch.tensor([[0.0, 0.0], [5.0, 5.0]]), torch.tensor([[1], [-1]]))  # the second token is padding
+        tensor(0.4805)
 
-    Backward: to ``logits``.
+    Backward: to ``logits``. Over a group, the gradient is that of the sum of all ranks' losses, as in `load_balance_loss`: if
+    the gradients of parameters are averaged over the ranks, they are those of the group's one loss.
 
-    Cost: sends nothing for a plain tensor.
+    Cost: sends nothing for a plain tensor and the group "". Over a group: one all-gather of 2 numbers, and one exchange of
+    the same size in the backward; no host synchronization.
 
-    DTensors: on each mesh dim the placement is Shard(0) over the tokens, or Replicate. The result is a DTensor: the mean
-    over the tokens of the mesh, the same as on one process. It is Partial where the tokens are sharded, like DTensor's
-    own means. For each such mesh dim one all-reduce of one number counts the tokens.
+    DTensors: on each mesh dim the placement is Shard(0) over the tokens, or Replicate. ``experts`` are placed alike, and
+    ``group`` is "". The result is a DTensor: the mean over the tokens of the mesh, the same as on one process. It is Partial
+    where the tokens are sharded, like DTensor's own means. For each such mesh dim one all-reduce of one number counts the
+    tokens.
     """
-    if not isinstance(logits, DTensor):
-        total, tokens = _z(logits)
+    ranks = resolve_group(group)
+    like = routed_like({"logits": logits, "experts": experts}, ALONE)
+    total, tokens = _z(to_local(logits), None if experts is None else to_local(experts))
+    if like is None:
+        if ranks.size > 1:
+            stats = torch.stack((total, tokens.to(total.dtype)))
+            total, tokens = slice_gather(stats.unsqueeze(0), ranks.name, grad="reduce").sum(0).unbind()
         return total / tokens.clamp(min=1)
-    check_whole("logits", logits)
-    total, tokens = _z(to_local(logits))
-    for group in token_groups(logits):
-        tokens = all_reduced(tokens, group.name)
-    placements = [Replicate() if placement.is_replicate() else Partial() for placement in logits.placements]
-    return DTensor.from_local(total / tokens.clamp(min=1), logits.device_mesh, placements, run_check=False)
+    if ranks.size > 1:
+        wrong_value("group", f"of {ranks.size} ranks", '"", as a DTensor tells itself which ranks have other tokens')
+    for other in token_groups(like):
+        tokens = all_reduced(tokens, other.name)
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in like.placements]
+    return DTensor.from_local(total / tokens.clamp(min=1), like.device_mesh, placements, run_check=False)
 
 
-def _z(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _z(logits: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sum of logsumexp(logits)^2 over the counted tokens, and the number of these tokens."""
     check_tensor("logits", logits, "[T, E]", dims=2)
     check_floating("logits", logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    masked = (logits == -torch.inf).all(1)  # [T]
-    logits = logits.masked_fill(masked.unsqueeze(1), 0)
+    ignored = (logits == -torch.inf).all(1)  # [T]
+    if experts is not None:
+        _check_experts_of("logits", logits, experts)
+        ids = experts.long()
+        ignored = ignored | ((ids < 0) | (ids >= logits.shape[1])).all(1)
+    logits = logits.masked_fill(ignored.unsqueeze(1), 0)
     highest = logits.detach().amax(1)  # [T]
     # torch.logsumexp cannot be traced where T is unbacked (torch 2.13).
-    z = ((logits - highest.unsqueeze(1)).exp().sum(1).log() + highest).masked_fill(masked, 0)  # [T]
-    return z.square().sum(), (~masked).sum()
+    z = ((logits - highest.unsqueeze(1)).exp().sum(1).log() + highest).masked_fill(ignored, 0)  # [T]
+    return z.square().sum(), (~ignored).sum()
 
 
 @torch.no_grad()
@@ -160,8 +196,8 @@ def update_bias(bias: Tensor, experts: Tensor, speed: float = 1e-3, group: Group
 
     Args:
         bias: [E], floating dtype, the same on all ranks. Prefer float32: a lower precision may lose a small step.
-        experts: [T, K], integer dtype: the experts that `route` chose. A slot of -1 counts for no expert. T may differ
-            between ranks and may be 0.
+        experts: [T, K], integer dtype: the experts that `route` chose. A slot of -1 counts for no expert: a token without
+            any expert changes nothing. T may differ between ranks and may be 0.
         speed: the size of the step.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moecomm.errors import check_reverse_mode
+from moecomm.errors import SUMMED, check_reverse_mode
 from moecomm.inspect.log import log_plan
 from moecomm.inspect.profile import profiled
 from moecomm.layer.placement import Placement
@@ -56,7 +56,8 @@ def plan(
             an integer tensor on the CPU. Every expert is on some rank. An expert on several ranks has a replica on each;
             `sync_replicas_` and `sync_replica_grads_` keep the replicas' weights equal.
         like: what will be dispatched, [T, ...], or a pytree of such tensors. Only shapes, dtypes, requires_grad and DTensor
-            placements are used. Ranks that disagree on them get an error here, not a broken exchange later.
+            placements are used. Ranks that disagree on them get an error here, not a broken exchange later. `combine` gives
+            its result in the dtype of ``like``, unless autocast is on.
         max_rows: C, the same on all ranks: switches static mode on. Each rank sends C tokens to each rank, padding included.
         check: find more faults, at the cost of extra exchanges and host synchronizations. It finds weights that are NaN
             or infinite. In static mode it adds all checks that other plans have. In eager code `dispatch` and `combine`
@@ -109,7 +110,7 @@ def plan(
     - Rows at or after ``offsets[-1]`` are padding. `dispatch` fills them with zeros. `torch.nn.functional.grouped_mm`,
       `combine` and their backward passes ignore them. A sum of your own over rows must leave them out.
     - Each rank sends to each rank the first C of its tokens for that rank. C = T, the largest T of all ranks, has room
-      for all tokens. Slots without room are dropped, and so are ids outside [-1, E).
+      for all tokens; it may be 0. Slots without room are dropped, and so are ids outside [-1, E).
     - ``dropped``, [] int32 on the device, counts the dropped slots of this rank's tokens. Slots of id -1 do not count.
     - Without ``check`` neither MoECommError nor ExpertIdError is raised. If the ranks disagree, an exchange hangs, fails
       or delivers wrong data.
@@ -138,6 +139,8 @@ def plan(
             tell_refusal("plan" if max_rows is None else "plan with max_rows", (experts, weights, leaves), ranks)
         raise
     made = _dynamic_plan(routing) if max_rows is None else _static_plan(routing, max_rows)
+    if leaves and leaves[0].dtype in SUMMED:
+        made = made._replace(dtype=SUMMED.index(leaves[0].dtype))
     if check:
         made = made._replace(ticket=ticket(experts.device, ranks))
     log_plan(made, leaves)

@@ -34,4 +34,5 @@ class Plan(NamedTuple):
     group: str  # the group's name; "" for a single process
     layout: Tensor | None = None  # [T of all ranks, 0, ...]: a DTensor with the placements of combine's y; None without DTensors
     dropped: Tensor | None = None  # [] int32: this rank's slots that static mode dropped; None without max_rows
+    dtype: int = -1  # the dtype in which combine sends rows that are one tensor: like's, as its index in errors.SUMMED; -1: their own
     ticket: int = 0  # with check=True: the plan's number, equal on all ranks, to tell plans apart; else 0

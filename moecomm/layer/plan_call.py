@@ -83,8 +83,8 @@ def _check(
     if max_rows is not None:
         if not isinstance(max_rows, int | torch.SymInt) or isinstance(max_rows, bool):
             wrong_type("max_rows", type(max_rows).__name__, "an int or None")
-        if guard_or_false(max_rows < 1):
-            wrong_value("max_rows", max_rows, "at least 1")
+        if guard_or_false(max_rows < 0):
+            wrong_value("max_rows", max_rows, "0 or more")
 
 
 def _check_numbers(experts: Tensor, local: int, max_rows: int | None, align: int, ranks: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.layer.scores import Score, check_score, log_sigmoid, sigmoid, softmax
 from moecomm.ops.routing.choose_experts import choose
 from moecomm.parallel.dtensor import check_whole, placed, to_local
 
@@ -17,7 +18,7 @@ def route(
     logits: Tensor,
     k: int,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: Score = "softmax",
     normalize: bool = True,
     scale: float = 1.0,
     bias: Tensor | None = None,
@@ -29,7 +30,8 @@ def route(
 
     Args:
         logits: [T, E], floating dtype. An expert whose logit is -inf is never chosen. If a token has fewer than K others, its
-            last slots are dropped (id -1, weight 0). So a row of -inf drops the whole token, for example padding.
+            last slots are dropped (id -1, weight 0). So a row of -inf drops the whole token, for example padding. Logits of
+            -inf get a gradient of 0.
         k: K, the experts per token.
         score: the score of a logit: its "softmax" over the E experts, or its "sigmoid".
         normalize: whether a token's K weights are divided by their sum. The softmax is then a softmax over the K chosen
@@ -85,7 +87,9 @@ def route(
             num_groups=num_groups, top_groups=top_groups, group_score=group_score,
         )  # fmt: skip
         return placed(weights, logits), placed(experts, logits)
-    _check(logits, k, score, bias, num_groups, top_groups, group_score)
+    check_score(score)
+    _check_weighting(normalize, scale)
+    _check(logits, k, bias, num_groups, top_groups, group_score)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
         ranked = logits
@@ -101,9 +105,9 @@ def route(
         dropped = experts < 0
         index = experts.clamp(min=0)
     if normalize:
-        chosen = _finite(logits.gather(1, index).masked_fill(dropped, -torch.inf))
+        chosen = logits.gather(1, index).masked_fill(dropped, -torch.inf).masked_fill(dropped[:, :1], 0)  # of a token without any: 0
         # A sum of scores can round to zero. A softmax of their logarithms needs no division by it.
-        weights = (chosen if score == "softmax" else _log_sigmoid(chosen)).softmax(1)
+        weights = (chosen if score == "softmax" else log_sigmoid(chosen)).softmax(1)
     elif score == "softmax":
         weights = _scores(logits, score).gather(1, index)
     else:
@@ -111,21 +115,8 @@ def route(
     return (weights * scale).masked_fill(dropped, 0), experts
 
 
-def _scores(logits: Tensor, score: str) -> Tensor:
-    return logits.sigmoid() if score == "sigmoid" else _finite(logits).softmax(1)
-
-
-def _log_sigmoid(logits: Tensor) -> Tensor:
-    """log(1 / (1 + exp(-logits))); torch.nn.functional.logsigmoid cannot be traced where T is unbacked (torch 2.13)."""
-    return -torch.logaddexp(-logits, torch.zeros_like(logits))
-
-
-def _finite(logits: Tensor) -> Tensor:
-    """Replace -inf by the lowest finite number.
-
-    The softmax stays the same. A row of only -inf gives no NaN, forward or backward.
-    """
-    return logits.clamp(min=torch.finfo(logits.dtype).min)
+def _scores(logits: Tensor, score: Score) -> Tensor:
+    return sigmoid(logits) if score == "sigmoid" else softmax(logits)
 
 
 def _eligible(scores: Tensor, num_groups: int, top_groups: int, group_score: str) -> Tensor:
@@ -138,15 +129,20 @@ def _eligible(scores: Tensor, num_groups: int, top_groups: int, group_score: str
     return (groups.unsqueeze(2) == torch.arange(num_groups, device=scores.device)).any(1)
 
 
-def _check(logits: Tensor, k: int, score: str, bias: Tensor | None, num_groups: int, top_groups: int, group_score: str) -> None:
+def _check_weighting(normalize: bool, scale: float) -> None:
+    if not isinstance(normalize, bool):
+        wrong_type("normalize", type(normalize).__name__, "a bool")
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        wrong_type("scale", type(scale).__name__, "a number")
+
+
+def _check(logits: Tensor, k: int, bias: Tensor | None, num_groups: int, top_groups: int, group_score: str) -> None:
     check_tensor("logits", logits, "[T, E]", dims=2)
     check_floating("logits", logits)
     num_experts = logits.shape[1]
     for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
         if not isinstance(value, int) or isinstance(value, bool):
             wrong_type(name, type(value).__name__, "an int")
-    if score not in ("softmax", "sigmoid"):
-        wrong_value("score", repr(score), '"softmax" or "sigmoid"')
     if group_score not in ("top2", "max"):
         wrong_value("group_score", repr(group_score), '"top2" or "max"')
     if num_groups < 1 or num_experts % num_groups:

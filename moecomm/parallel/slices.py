@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from moecomm.errors import check_floating, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_floating, check_gradient_summed, check_sent, check_tensor, differ, wrong_type, wrong_value
 from moecomm.ops.exchange import slices as ops
 from moecomm.parallel.group import Group, GroupLike, resolve_group
 
@@ -23,7 +23,8 @@ def slice_scatter(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
     shorter or empty.
 
     Args:
-        x: any shape with a ``dim``, any dtype, the same on all ranks. A DTensor is Replicate on the
+        x: any shape with a ``dim``, any dtype but quantized ones and integers of less than a byte;
+            the same on all ranks. A DTensor is Replicate on the
             group's mesh dim; the result is then the DTensor with Shard(dim) there.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
             default group.
@@ -34,7 +35,7 @@ def slice_scatter(x: Tensor, group: GroupLike, dim: int = 0) -> Tensor:
         along ``dim`` is a dynamic size if P does not divide n.
 
     Raises:
-        TypeError: ``x`` is not a tensor.
+        TypeError: ``x`` is not a tensor, or not of such a dtype.
         ValueError: ``x`` has no ``dim``, or is a DTensor that is not Replicate over the group.
 
     Backward: the all-gather of the slices' gradients. Every rank gets the whole gradient of ``x``.
@@ -60,7 +61,7 @@ def slice_gather(
     for any size.
 
     Args:
-        x: this rank's slice, any dtype; of the same shape on all ranks except along ``dim``. A
+        x: this rank's slice, of a dtype as in `slice_scatter`; of the same shape on all ranks except along ``dim``. A
             DTensor is Shard(dim) on the group's mesh dim; the result is then the DTensor with
             Replicate there.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
@@ -77,7 +78,8 @@ def slice_gather(
         The whole tensor. In a group of one it is ``x`` itself.
 
     Raises:
-        TypeError: ``x`` is not a tensor, or ``size`` not an int.
+        TypeError: ``x`` is not a tensor, or not of such a dtype; ``size`` is not an int; with grad
+            "reduce", ``x`` requires a gradient and is not float64, float32, bfloat16 or float16.
         ValueError, in these cases:
             - ``x`` has no ``dim``
             - ``grad`` is not one of the two, or not "slice" for a DTensor
@@ -98,6 +100,8 @@ def slice_gather(
     dim = _check(x, dim)
     if grad not in ("slice", "reduce"):
         wrong_value("grad", repr(grad), '"slice" or "reduce"')
+    if grad == "reduce":
+        check_gradient_summed("x", x, complex=False)
     ranks = resolve_group(group)
     whole = isinstance(x, DTensor) or ranks.size == 1
     _check_size(size, x.shape[dim] if whole else None)
@@ -163,6 +167,7 @@ def mesh_dim(x: DTensor, group: Group) -> int | None:
 def _check(x: Tensor, dim: int) -> int:
     """Check the arguments, and return ``dim`` counted from the front."""
     check_tensor("x", x, "with a dimension to slice")
+    check_sent("x", x)
     if not isinstance(dim, int):
         wrong_type("dim", type(dim).__name__, "an int")
     if not -x.dim() <= dim < x.dim():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,7 @@ from moecomm.ops.base.process_group import process_group
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
 from moecomm.ops.exchange.replicas import replica_shares
 from moecomm.ops.exchange.sync_params import by_dtype
+from moecomm.ops.rows.norms import norms
 from moecomm.ops.rows.rank_sum import rank_sum
 from moecomm.parallel.group import Group, GroupLike, resolve_group
 from moecomm.training.params import Params, check_device, chosen_groups, first_matches, local_part, named_groups, named_tensors
@@ -38,7 +40,7 @@ def clip_grad_norm_(
         params: an ``nn.Module``, a mapping from names to tensors, or tensors, on one device; of the
             same names on all ranks. A parameter that occurs twice counts once. A parameter without
             a gradient does not count.
-        max_norm: at least 0. ``float("inf")`` scales nothing: use it to get the norm alone.
+        max_norm: at least 0. ``float("inf")`` changes nothing: use it to get the norm alone.
         spread: the group, or list of groups, over which the ranks have different parts of a
             parameter, in addition to the mesh dims on which it is sharded. A mapping from patterns
             of names (as in `fnmatch`), or from parameters; the first match counts. Example:
@@ -56,7 +58,9 @@ def clip_grad_norm_(
     Returns:
         The norm before scaling: the Euclidean norm over all elements, float64, without dims, on the
         gradients' device, the same on all ranks. Gradients are multiplied by
-        ``min(1, max_norm / (norm + 1e-6))``, as in torch.
+        ``min(1, max_norm / (norm + 1e-6))``, as in torch. If any gradient holds an infinity or a
+        NaN, the norm is not finite, and all gradients stay as they are: look at ``norm.isfinite()``
+        before the optimizer's step. torch would make all of them 0 or NaN.
 
     Raises, before anything is sent:
         TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
@@ -82,8 +86,10 @@ def clip_grad_norm_(
     parameter. A kind is the parameters that are spread over the same groups. There is no host
     synchronization.
 
-    The norm of each gradient is computed in float32 (float64 for float64). Sums of squares are in
-    float64, and over the ranks in rank order: the same bits, run after run.
+    The norm of each gradient is computed in float32 (float64 for float64), and in float64 where its
+    square is beyond float32. Sums of squares are in float64, and over the ranks in rank order: the
+    same bits, run after run. Finite float32 gradients always have a finite norm. The factor is
+    rounded to float32, which has fewer bits below 1e-38.
     """
     if not isinstance(max_norm, int | float):
         wrong_type("max_norm", type(max_norm).__name__, "a number")
@@ -107,7 +113,9 @@ def clip_grad_norm_(
         zero = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else None)
         squares = {kind: _sum_of_squares(grads, zero) for kind, grads in kinds.items()}
         norm = _total(squares, list(order.values()), zero).sqrt()
-        _scale_([grad for grads in kinds.values() for grad, _ in grads], (max_norm / (norm + EPSILON)).clamp(max=1))
+        if max_norm != math.inf:
+            factor = (max_norm / (norm + EPSILON)).clamp(max=1).where(norm.isfinite(), 1)
+            _scale_([grad for grads in kinds.values() for grad, _ in grads], factor)
     return norm
 
 
@@ -167,17 +175,14 @@ def _shares(named: Mapping[str, Tensor], replicas: Mapping[str | Tensor, tuple[P
 
 
 def _sum_of_squares(grads: list[tuple[Tensor, Tensor | None]], zero: Tensor) -> Tensor:
-    """The sum of squares over this rank's elements, in float64: the squares of float32 norms can exceed the range of float32."""
+    """The sum of squares over this rank's elements, in float64."""
     total = zero
     for grad, share in grads:
-        if share is not None:
-            norms = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.promote_types(grad.dtype, torch.float32))  # [L]
-            total = total + (norms.double().square() * share).sum()
+        if share is not None and share.shape[0]:
+            total = total + (norms(grad.unbind(0)).square() * share).sum()
     whole = [grad for grad, share in grads if share is None]
     for indices in by_dtype(whole):
-        own = [whole[i] for i in indices]
-        norms = torch._foreach_norm(own, 2, dtype=torch.promote_types(own[0].dtype, torch.float32))
-        total = total + torch.stack(norms).double().square().sum()
+        total = total + norms([whole[i] for i in indices]).square().sum()
     return total
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moecomm.errors import check_tensor, wrong_type, wrong_value
+from moecomm.errors import LISTED, SUMMED, check_tensor, wrong_type, wrong_value
 from moecomm.ops.exchange.sync_params import by_dtype
 from moecomm.parallel.group import Group, resolve_group
 from moecomm.parallel.slices import mesh_dim
@@ -109,7 +109,10 @@ def _gradient_dtype(param: Tensor) -> torch.dtype:
 
 
 def check_dense_gradient(param: Tensor) -> None:
-    """Raise TypeError if a parameter's gradient is sparse."""
+    """Raise TypeError if a parameter's gradient is sparse, or of a dtype that is not added up."""
+    dtype = (param.grad_dtype or param.dtype) if param.grad is None else param.grad.dtype
+    if dtype not in SUMMED and not dtype.is_complex:
+        wrong_type("params", f"a tensor with a gradient of dtype {dtype}", f"tensors with gradients of dtype {LISTED}, or complex")
     if param.grad is not None and param.grad.layout != torch.strided:
         wrong_type("params", f"a tensor with a gradient of layout {param.grad.layout}", "tensors with dense gradients")
 
@@ -125,6 +128,8 @@ def check_device(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         if tensor.device != tensors[0].device:
             wrong_value("params", f"on {tensors[0].device} and on {tensor.device}", "on one device")
+    if tensors and tensors[0].is_meta:
+        wrong_value("params", "on the meta device", "on a device that holds its values: call the module's to_empty first")
 
 
 def check_alike_over(tensor: Tensor, group: Group) -> None:

@@ -66,12 +66,12 @@ def sync_grads_(
         bucket_bytes: bytes of gradients of one dtype per message. It does not change the result.
 
     Raises:
-        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse, or
-            ``bucket_bytes`` is not an int.
+        TypeError: ``params`` holds something that is not a tensor, a gradient is sparse or neither
+            float64, float32, bfloat16, float16 nor complex, or ``bucket_bytes`` is not an int.
         ValueError, in these cases:
             - ``reduce`` or ``scale`` is not one of the two
             - ``bucket_bytes`` is below 1
-            - the tensors are on several devices
+            - the tensors are on several devices, or on the meta device
             - a DTensor is sharded over its group
             - a parameter has no match in the mapping
             - a key of the mapping is no parameter's first match

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moecomm.errors import check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_gradient_summed, check_sent, check_tensor, wrong_type, wrong_value
 from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange import sync_params as ops
 from moecomm.ops.exchange.collectives import wait
@@ -37,8 +37,10 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
     optimizer step keeps the ranks equal.
 
     Args:
-        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...), of any shapes and
-            dtypes, on one device. Shapes, dtypes and requires_grad are the same on all ranks. For a
+        params: a tensor, or a pytree of tensors (a dict, list, NamedTuple, ...), of any shapes, on
+            one device. Any dtypes but quantized ones and integers of less than a byte. Where
+            ``grad`` is not None and a tensor requires a gradient, it is float64, float32, bfloat16,
+            float16 or complex. Shapes, dtypes and requires_grad are the same on all ranks. For a
             DTensor the local shard is sent; the ranks of ``group`` hold the same shard of it.
         group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the
             default group.
@@ -51,9 +53,11 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
         itself.
 
     Raises:
-        TypeError: ``params`` holds something that is not a tensor, or ``src`` is not an int.
+        TypeError: ``params`` holds something that is not a tensor or not of such a dtype, or
+            ``src`` is not an int.
         ValueError: ``src`` is not a rank of the group, ``grad`` is not one of the three, the
-            tensors are on several devices, or a DTensor is sharded over the group.
+            tensors are on several devices or on the meta device, or a DTensor is sharded over the
+            group.
 
     Backward:
         "mean", "sum": of the ranks' gradients, on every rank. A tensor without a gradient on a rank
@@ -82,6 +86,8 @@ def sync_params(params: Tree, group: GroupLike, src: int = 0, grad: Literal["mea
     leaves, spec = tree_flatten(params)
     for i, leaf in enumerate(leaves):
         check_tensor(f"params' leaf {i}", leaf, "of any shape")
+        if grad is not None:
+            check_gradient_summed(f"params' leaf {i}", leaf)
     _check_place(leaves, ranks)
     if ranks.size == 1 or not leaves:
         return params
@@ -151,6 +157,7 @@ def _receive(tensors: list[Tensor], started: Tensor) -> None:
 def _check_place(tensors: list[Tensor], group: Group) -> None:
     check_device(tensors)
     for tensor in tensors:
+        check_sent("params", tensor)
         check_alike_over(tensor, group)
 
 

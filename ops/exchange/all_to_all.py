@@ -8,15 +8,21 @@ to the backward.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moecomm.errors import MoECommError
 from moecomm.ops.base.process_group import process_group
 from moecomm.ops.exchange.start_op import define_start, in_backward, register
 from moecomm.ops.rows.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.rows.weighted_sum import weighted_sum_cpu, weighted_sum_triton
 
+MARK = 8  # bytes: a message ends with the mark by chance once in 2^64
 DISPATCH = "dispatch_exchange(Tensor x, Tensor order, int k, Tensor? splits, SymInt received, str group) -> Tensor"
 COMBINE = "combine_exchange(Tensor rows, Tensor? weights, Tensor order, Tensor position, Tensor? splits, SymInt pairs, str group) -> Tensor"
 RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) -> Tensor"
@@ -37,9 +43,36 @@ def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group:
         return received  # no bytes on any rank
     out, into = (None, None) if splits is None else (splits[direction].numpy().tolist(), splits[1 - direction].numpy().tolist())
     ranks = process_group(group)
-    work = dist.all_to_all_single(_bytes(received), _bytes(send), into, out, group=ranks, async_op=True)
-    register(received, work, what, ranks)
+    arriving = _bytes(received)
+    check = _marked(arriving, into, ranks.size(), what) if arriving.device.type == "cpu" else None
+    work = dist.all_to_all_single(arriving, _bytes(send), into, out, group=ranks, async_op=True)
+    register(received, work, what, ranks, check)
     return received
+
+
+def _marked(arriving: Tensor, into: list[int] | None, ranks: int, what: str) -> Callable[[], None]:
+    """Mark the end of each rank's part of ``arriving``, and return a check that raises if a mark is still there.
+
+    gloo accepts a message that is shorter than what was asked for, and says nothing: the rest of the part keeps what was in its memory.
+    A part of less than a mark's 8 bytes has no mark. On a GPU there are none: to read them would be a host synchronization.
+    """
+    rows = np.array([arriving.shape[0] // ranks] * ranks if into is None else into)  # from each rank
+    sizes = rows * (arriving.numel() // max(1, arriving.shape[0]))  # in bytes
+    marked = np.flatnonzero(sizes >= MARK)
+    places = np.cumsum(sizes)[marked, None] + np.arange(-MARK, 0)  # [marked ranks, 8]
+    mark = np.frombuffer(os.urandom(MARK), np.uint8)
+    memory = arriving.numpy().reshape(-1)
+    memory[places] = mark
+
+    def check() -> None:
+        short = marked[(memory[places] == mark).all(1)]
+        if short.size:
+            raise MoECommError(
+                f"{what} from {', '.join(f'rank {rank}' for rank in short)} of the group came in a shorter message than this rank's; "
+                "dtype and width must be the same on every rank"
+            )
+
+    return check
 
 
 def _bytes(rows: Tensor) -> Tensor:

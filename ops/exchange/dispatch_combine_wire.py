@@ -73,20 +73,22 @@ class _DispatchQuantized(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor | None, *rest: Any) -> Tensor:
         *indices, group, wire, backward_wire = rest
-        ctx.save_for_backward(*indices, rows, weights)
+        ctx.save_for_backward(*indices, *(() if weights is None else (rows, weights)))
         ctx.rest = group, backward_wire, wire
         return _sum_home(rows, weights, tuple(indices), group, wire, backward_wire)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        *indices, rows, weights = ctx.saved_tensors
+        indices, weighted = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        if not weighted:
+            return torch.ops.moecomm.dispatch_wire(grad, *indices, *ctx.rest), *(None,) * 9
         group, *wires = ctx.rest
-        pairs = there(grad, *_pairs(tuple(indices), group), *wires)  # [R, D]
-        return *weighted_sum_backward(pairs, rows, weights, *indices[2:4]), *(None,) * 8
+        pairs = there(grad, *_pairs(indices, group), *wires)  # [R, D]
+        return *weighted_sum_backward(pairs, *weighted, *indices[2:4]), *(None,) * 8
 
 
 dispatch_wire = define_function(f"dispatch_wire(Tensor x, {INDICES}, {WIRES}) -> Tensor", _Dispatch)
 dispatch_quantized = define_function(f"dispatch_quantized(Tensor x, {INDICES}, {WIRES}) -> (Tensor, Tensor, Tensor)", _DispatchQuantized)
-combine_wire = define_function(f"combine_wire(Tensor rows, Tensor weights, {INDICES}, {WIRES}) -> Tensor", _Combine)
+combine_wire = define_function(f"combine_wire(Tensor rows, Tensor? weights, {INDICES}, {WIRES}) -> Tensor", _Combine)

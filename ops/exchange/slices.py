@@ -65,7 +65,7 @@ def pad_rows_fake(rows: Tensor, size: int) -> Tensor:
 def pad_rows_here(rows: Tensor, size: int) -> Tensor:
     padded = rows.new_empty(size, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
-    padded[rows.shape[0] :] = 0
+    padded[rows.shape[0] :].view(torch.uint8).zero_()  # as bytes, because not every dtype can be filled
     return padded
 
 

@@ -35,10 +35,12 @@ def define_start(schema: str, fake: Callable[..., Any], cpu: Callable[..., Any],
     return op
 
 
-def register(pending: Tensor, work: dist.Work, what: str, group: dist.ProcessGroup) -> None:
+def register(pending: Tensor, work: dist.Work, what: str, group: dist.ProcessGroup, check: Callable[[], None] | None = None) -> None:
     """Let torch's ``wait_tensor`` wait for ``work``, which brings ``pending``: a note to its error says what was waited for, and by whom.
 
     That holds wherever it is waited for: by eager code, by autograd or by a compiled graph, which has no frame of moecomm's left.
+
+    ``check`` looks at what came, and raises if it is not what was asked for.
 
     ``work`` keeps alive what is sent. It goes once it has been waited for, and moecomm then holds nothing of what was sent. The thread of
     gloo that ran it may, for about 5 ms more: it needs Python's GIL to let go of a tensor. So some layers need one send buffer more for a
@@ -48,7 +50,10 @@ def register(pending: Tensor, work: dist.Work, what: str, group: dist.ProcessGro
 
     def wait(_: object) -> bool:
         try:
-            return work.wait()
+            done = work.wait()
+            if check is not None:
+                check()
+            return done
         except RuntimeError as error:
             rank = f"rank {group.rank()} of the {group.size()} of group {group.group_name!r}"
             error.add_note(f"moecomm: while waiting for {what} ({direction}), as {rank}")

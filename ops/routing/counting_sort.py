@@ -142,7 +142,7 @@ def _launch(keys: Tensor, order: Tensor, position: Tensor, offsets: Tensor, bins
     if blocks:
         _histogram_kernel[(blocks,)](keys, counts, size, bins, BLOCK=BLOCK, BINS=tile)
     _place_kernel[(max(1, blocks),)](
-        keys, counts, order, position, offsets, size, kept, blocks, bins, most or 1, align,
+        keys, counts, order, position, offsets, size, kept, blocks, bins, most or 0, align,
         BOUNDED=most is not None, BLOCK=BLOCK, BINS=tile, ROWS=64,
     )  # fmt: skip
 

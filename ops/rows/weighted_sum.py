@@ -1,6 +1,7 @@
 """y[m] = sum over j of weights[m, j] * rows[position[m, j]], in the order of j, where position[m, j] is not -1.
 
-Costs one read of N * D elements and one write of M * D. Accumulates in float32 (float64 for float64); weights keep their own precision.
+Costs one read of N * D elements and one write of M * D. Accumulates in float32 (float64 for float64); weights keep their own precision,
+on CPUs to 2^-16 where the rows have less than float32.
 Its backward is the op `weighted_sum_backward`. Without weights it is the mirror of `gather`.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from moecomm.ops.base.library import block_of, compute_dtype, define, differentiable, jit, tl
-from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
+from moecomm.ops.rows.weighted_sum_backward import STEP, weighted_sum_backward
 
 SCHEMA = "weighted_sum(Tensor rows, Tensor? weights, Tensor order, Tensor position) -> Tensor"
 
@@ -26,21 +27,55 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
     m, k = position.shape
     if rows.numel() == 0 or m == 0:
         return rows.new_zeros(m, rows.shape[1])
-    present = position >= 0
+    # In low precision a weight's rounding error follows as one more entry of the bag, with the same row, which is in the cache by then.
+    parts = 2 if weights is not None and weights.dtype != rows.dtype and rows.dtype.itemsize < 4 else 1
     bags, exact = position.flatten(), None if weights is None else weights.flatten()  # those of token 0, then of token 1, ...
-    if present.all():
-        starts = torch.arange(0, m * k + 1, k, dtype=torch.int32, device=position.device)
+    if bags.min().item() >= 0:
+        starts = torch.arange(0, parts * m * k + 1, parts * k, dtype=torch.int32, device=position.device)
     else:
-        starts = pad(present.sum(1, dtype=torch.int32).cumsum_(0, dtype=torch.int32), (1, 0))
+        present = position >= 0
+        starts = pad(present.sum(1, dtype=torch.int32).cumsum_(0, dtype=torch.int32), (1, 0)) * parts
         bags, exact = position.masked_select(present), None if weights is None else weights.masked_select(present)
-    factors = None
-    if exact is not None and weights is not None:
-        factors = exact.to(rows.dtype)  # embedding_bag accepts only the rows' dtype
-        if rows.dtype.itemsize < 4 and weights.dtype != rows.dtype:
-            # The weight's rounding error follows as one more entry of the bag, with the same row, which is in the cache by then.
-            bags, starts = bags.repeat_interleave(2), starts * 2
-            factors = torch.stack((factors, (exact - factors).to(rows.dtype)), 1).flatten()
-    return embedding_bag(bags, rows, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
+    factors = None if exact is None else exact.to(rows.dtype)  # embedding_bag accepts only the rows' dtype
+    if exact is not None and factors is not None and parts == 2:
+        bags, factors = torch.stack((bags, bags), 1).flatten(), torch.stack((factors, (exact - factors).to(rows.dtype)), 1).flatten()
+    y = embedding_bag(bags, rows, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
+    if weights is not None and exact is not None and parts == 2 and not in_two_parts_cpu(exact, rows.dtype):
+        sum_again_cpu(y, rows, weights, position)
+    return y
+
+
+def limits(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest size of a weight of which two numbers of the dtype hold 16 bits.
+
+    In float16 these are 2^-9 and 65504, in bfloat16 2^-118 and its largest number.
+    """
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps * 2**15, info.max
+
+
+def in_two_parts_cpu(weights: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two numbers of the dtype hold each weight."""
+    least, most = limits(dtype)
+    sizes = weights.abs()
+    low, high = (bound.item() for bound in sizes.aminmax()) if sizes.numel() else (most, most)
+    if low < least:
+        low = sizes.masked_fill_(sizes == 0, most).amin().item()
+    return low >= least and high <= most
+
+
+def sum_again_cpu(y: Tensor, rows: Tensor, weights: Tensor, position: Tensor) -> None:
+    """Write the sums of those tokens again that have a weight which two numbers of the rows' dtype do not hold."""
+    least, most = limits(rows.dtype)
+    sizes = weights.abs()
+    held = ((sizes >= least) & (sizes <= most)) | (sizes == 0)  # a NaN is not held
+    tokens = (~held & (position >= 0)).any(1).nonzero().squeeze(1)
+    for some in tokens.split(max(1, STEP // rows.shape[1])):
+        total = rows.new_zeros(some.shape[0], rows.shape[1], dtype=torch.promote_types(weights.dtype, torch.float32))
+        for index, weight in zip(position[some].unbind(1), weights[some].unbind(1), strict=True):
+            terms = rows.index_select(0, index.clamp(min=0)) * weight.to(total.dtype).unsqueeze(1)
+            total += terms.masked_fill_((index < 0).unsqueeze(1), 0)
+        y[some] = total.to(y.dtype)
 
 
 @jit(varies=("m",))

@@ -34,7 +34,8 @@ def check_here() -> None:
                 check(way, dtype, k)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_peer_is_the_dense_layer_on_ranks(ranks: int) -> None:
     run_ranks(check_here, ranks, timeout=120)
 

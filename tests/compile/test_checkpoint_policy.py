@@ -83,9 +83,8 @@ def eager_here(dtype: torch.dtype) -> None:
                 assert again or backward.collectives == expected.collectives
 
 
-@pytest.mark.parametrize(
-    ("ranks", "dtype"), [(2, torch.float32), *(pytest.param(ranks, torch.bfloat16, marks=pytest.mark.slow) for ranks in (1, 4))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.bfloat16), (2, torch.float32), (4, torch.bfloat16)])
 def test_checkpointed_layers_are_the_plain_ones_and_the_policy_repeats_no_exchange_and_no_host_sync(ranks: int, dtype: torch.dtype) -> None:
     run_ranks(eager_here, ranks, dtype, timeout=200)
 

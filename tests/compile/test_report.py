@@ -146,10 +146,21 @@ def test_the_command_reports_a_function_of_a_module_or_of_a_file() -> None:
         find("tests.layers:nothing")
 
 
-def test_the_demos_model_is_one_graph_for_all_layers() -> None:
-    command = [sys.executable, "-m", "moecomm.compile.report", "--json"]
+def compiled_step() -> None:
+    """A step that the command can report on: it runs what it has compiled."""
+    layer = torch.compile(Layer(), fullgraph=True, backend="aot_eager")
+    layer(torch.ones(6, D)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("target", "reads"),
+    [("tests.compile.test_report:compiled_step", 1), pytest.param("the demo's step", 4, marks=pytest.mark.exhaustive)],
+)
+def test_the_command_reports_one_graph_and_the_read_of_each_layer(target: str, reads: int) -> None:
+    """Without a target it takes the demo's step, whose 4 layers share a graph."""
+    command = [sys.executable, "-m", "moecomm.compile.report", "--json", *([target] if ":" in target else [])]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["graphs"], found["breaks"], found["recompiles"]) == (1, [], [])
-    assert [sync["op"] for sync in found["compiled"]["syncs"]] == ["plan_sizes"] * 4
+    assert [sync["op"] for sync in found["compiled"]["syncs"]] == ["plan_sizes"] * reads

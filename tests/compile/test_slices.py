@@ -43,7 +43,12 @@ def slices_here(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "backend"), [(1, "aot_eager"), (2, "inductor"), pytest.param(4, "aot_eager", marks=pytest.mark.exhaustive)]
+    ("ranks", "backend"),
+    [
+        (2, "aot_eager"),
+        pytest.param(2, "inductor", marks=pytest.mark.exhaustive),
+        *(pytest.param(ranks, "aot_eager", marks=pytest.mark.exhaustive) for ranks in (1, 4)),
+    ],
 )
 def test_compiled_slices_are_the_eager_ones_whatever_the_size(ranks: int, backend: str) -> None:
     run_ranks(slices_here, ranks, backend, timeout=200)

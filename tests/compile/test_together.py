@@ -91,7 +91,7 @@ def fifty_steps_here(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     counters.clear()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    model = Model(2).to(dtype)
+    model = Model(1).to(dtype)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(50):
@@ -210,7 +210,7 @@ class Regions(Model):
 
 def regions_here() -> int:
     torch._dynamo.reset()
-    model, (x, *rest) = Regions(3), data(1, torch.float32)
+    model, (x, *rest) = Regions(2), data(1, torch.float32)
     given = x.requires_grad_().clone(), *rest
     want = gradients_of(model, given)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -26,11 +26,11 @@ from torch import nn
 
 from tests.faults.faults import FAULTY, RANKS, At, Fault, lost_ranks
 from tests.spawn import run_ranks
-from tests.tutorials.test_demo import ROOT, history
+from tests.tutorials.test_demo import ROOT, TEXT, history
 from tutorials.demo import checkpoint
 
 STEPS = 8
-SMALL = ("--batch", "4", "--sample", "2", "--no-compile", "--steps", str(STEPS), "--save-every", "2")
+SMALL = ("--data", TEXT, "--batch", "4", "--sample", "2", "--no-compile", "--steps", str(STEPS), "--save-every", "2")
 DEMO = (sys.executable, "-m", "tutorials.demo", *SMALL)
 PATIENCE = 400.0  # seconds, on a loaded machine
 

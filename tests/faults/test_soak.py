@@ -61,8 +61,8 @@ def layer(generator: torch.Generator, number: int) -> None:
 
 @pytest.mark.slow
 def test_layers_of_other_sizes_each_time_leave_nothing_behind() -> None:
-    """For ten seconds; make soak trains the demo's layer for half an hour."""
-    lines = judge(soak.soak(layers, 2, 10.0))
+    """For five seconds; make soak trains the demo's layer for half an hour."""
+    lines = judge(soak.soak(layers, 2, 5.0))
     assert {(line.rank, line.what) for line in lines} == {(rank, what) for rank in (0, 1) for what in soak.ALLOWED}
     assert not [line for line in lines if line.grows]
 

@@ -70,6 +70,7 @@ def test_inductor_gives_the_eager_bits_where_the_last_block_is_short(wire: str) 
     assert torch.equal(*(torch.autograd.grad(y, x, torch.arange(y.numel()).view(y.shape).cos())[0] for y in results))
 
 
+@pytest.mark.slow
 def test_the_op_passes_opcheck_and_its_kernel_gives_the_same_bits() -> None:
     for wire in WIRES:
         for n, d in ((5, 160), (3, 7), (0, 3), (2, 0)):

@@ -171,12 +171,11 @@ class Spread(NamedTuple):
     placement: Rows
 
 
-REPLICAS_AND_EDP = "replicas and expert-data parallelism"
 TRAININGS = {
     "permuted": Spread(2, 2, [[6, 1, 4, 3], [0, 7, 2, 5]]),
     "two replicas": Spread(2, 2, [[6, 1, 4, 3, 0], [0, 7, 2, 5, 6]]),
     "several replicas": Spread(4, 4, [[0, 1, 2], [0, 3, 4], [5, 0, 6], [7, 0, 3]]),
-    REPLICAS_AND_EDP: Spread(4, 2, [[6, 1, 4, 3, 0], [0, 7, 2, 5, 6]]),
+    "replicas and expert-data parallelism": Spread(4, 2, [[6, 1, 4, 3, 0], [0, 7, 2, 5, 6]]),
 }
 
 
@@ -219,8 +218,7 @@ def train(sizes: Sizes, how: Spread, steps: int, compiled: bool) -> Run:
     ("how", "compiled"),
     [
         *((how, False) for how in TRAININGS),
-        pytest.param(REPLICAS_AND_EDP, True, marks=pytest.mark.slow),
-        *(pytest.param(how, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for how in TRAININGS if how != REPLICAS_AND_EDP),
+        *(pytest.param(how, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for how in TRAININGS),
     ],
 )
 def test_training_with_placed_and_replicated_experts_is_that_of_one_process(how: str, compiled: bool) -> None:

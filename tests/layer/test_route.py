@@ -143,7 +143,7 @@ def test_no_tokens() -> None:
         check(normal(0, 8), 2, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_of_equal_scores_the_lower_id_comes_first(score: str, groups: dict[str, Any], dtype: torch.dtype) -> None:
@@ -152,11 +152,12 @@ def test_of_equal_scores_the_lower_id_comes_first(score: str, groups: dict[str, 
     for bias in (None, torch.zeros(8, dtype=dtype), torch.randint(0, 2, (8,), generator=seed).to(dtype)):
         _, experts = mf.route(logits, 2, score=score, bias=bias, **groups)
         # The loops compare what torch computed: equal logits have equal scores, and equal sums of two have equal sums.
-        scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(1)
+        wide = logits.to(torch.promote_types(dtype, torch.float32))
+        scores = wide.sigmoid() if score == "sigmoid" else wide.softmax(1)
         added = torch.zeros(8) if bias is None else bias
         how = {"num_groups": 1, "top_groups": 1, "group_score": "top2"} | groups
         for t in range(60):
-            want = exact_choice(scores[t], added.to(dtype), **how)
+            want = exact_choice(scores[t], added.to(wide.dtype), **how)
             assert experts[t].tolist() == want
 
 
@@ -269,9 +270,10 @@ def several(logits: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.slow
-def test_compiled_as_one_graph_for_all_numbers_of_tokens_route_gives_what_it_gives_in_eager_mode() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+def test_compiled_as_one_graph_for_all_numbers_of_tokens_route_gives_what_it_gives_in_eager_mode(backend: str) -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(several, fullgraph=True, backend=counter)
     bias = 0.1 * normal(8, dtype=torch.float32)
     for tokens in (13, 5, 0, 1):

@@ -323,14 +323,32 @@ def test_dtensors_go_through_static_mode() -> None:
     run_ranks(dtensors_here, 2)
 
 
+def without_rows_here() -> None:
+    """C = 0: with T = 0, as ``max_rows=x.shape[0]`` of an empty batch gives it, and with tokens, which are then all dropped."""
+    for tokens, check, align, wire in ((0, False, 1, None), (0, True, 16, "mxfp8"), (3, True, 1, None), (3, False, 16, "mxfp8")):
+        x, weights = torch.ones(tokens, D, requires_grad=True), torch.ones(tokens, 2, requires_grad=True)
+        experts = torch.tensor([[0, 1], [-1, 3], [2, 2]])[:tokens]
+        plan = mf.plan(experts, weights, 4, max_rows=0, check=check, align=align)
+        rows = mf.dispatch(x, plan, wire=wire, backward_wire=wire)
+        y = mf.combine(rows, plan, wire=wire, backward_wire=wire)
+        y.sum().backward()
+        assert y.shape == x.shape
+        assert not any(value.any() for value in (y, rows, plan.offsets, x.grad, weights.grad))
+        assert int(plan.dropped) == (experts >= 0).sum()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_row_for_any_token_is_a_layer_too(ranks: int) -> None:
+    run_ranks(without_rows_here, ranks)
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
         (2.0, TypeError, "max_rows was float; it must be an int or None"),
         (True, TypeError, "max_rows was bool; it must be an int or None"),
         (torch.tensor(2), TypeError, "max_rows was Tensor; it must be an int or None"),
-        (0, ValueError, "max_rows was 0; it must be at least 1"),
-        (-1, ValueError, "max_rows was -1; it must be at least 1"),
+        (-1, ValueError, "max_rows was -1; it must be 0 or more"),
     ],
 )
 def test_a_wrong_max_rows_is_named(wrong: Any, error: type[Exception], message: str) -> None:

@@ -121,15 +121,26 @@ def whole_slices(grad: Tensor, mesh: DeviceMesh, placements: Placements, spread:
     return grad
 
 
-def all_cases(compiled: bool) -> list[dict[str, Tensor]]:
-    return [run_layer(placements, spread, compiled) for placements, spread in CASES]
+Cases = list[tuple[Placements, str | None]]
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_dtensor_goes_through_the_layer_as_on_one_process_and_comes_back_as_it_was_placed(compiled: bool) -> None:
+def run_layers(cases: Cases, compiled: bool) -> list[dict[str, Tensor]]:
+    return [run_layer(placements, spread, compiled) for placements, spread in cases]
+
+
+@pytest.mark.parametrize(
+    ("cases", "compiled"),
+    [
+        pytest.param(CASES[:2], False, id="tokens over a and b"),
+        pytest.param(CASES[2:], False, marks=pytest.mark.slow, id="all others"),
+        pytest.param(CASES[-1:], True, marks=pytest.mark.slow, id="slices of the hidden dim, compiled"),
+        pytest.param(CASES[:-1], True, marks=[pytest.mark.slow, pytest.mark.exhaustive], id="all others, compiled"),
+    ],
+)
+def test_a_dtensor_goes_through_the_layer_as_on_one_process_and_comes_back_as_it_was_placed(cases: Cases, compiled: bool) -> None:
     right = expected()
-    for results in run_ranks(all_cases, 4, compiled, timeout=200):
-        for case, whole in zip(CASES, results, strict=True):
+    for results in run_ranks(run_layers, 4, cases, compiled, timeout=200):
+        for case, whole in zip(cases, results, strict=True):
             for name, value in whole.items():
                 torch.testing.assert_close(value, right[name], rtol=1e-10, atol=1e-12, msg=lambda m, c=(case, name): f"{c} {m}")
 
@@ -204,6 +215,11 @@ def graphs(tokens: tuple[int, ...], dynamic: bool | None) -> list[int]:
 @pytest.mark.slow
 def test_a_new_number_of_tokens_makes_one_graph_of_any_number_and_no_more() -> None:
     assert run_ranks(graphs, 4, (11, 13, 17, 8), None, timeout=200) == [[1, 2, 2, 2]] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_where_sizes_are_dynamic_from_the_first_call_there_are_at_most_two_graphs() -> None:
     # 11 and 12 tokens are 6 for the first ranks, which torch 2.13 does not tell apart unless the sizes are dynamic from the first call.
     assert all(counts[0] == counts[1] and counts[-1] <= 2 for counts in run_ranks(graphs, 4, (11, 12, 17, 8), True, timeout=200))
 

@@ -48,8 +48,7 @@ def train(sizes: Sizes, ranks: int, ep: int, compiled: bool) -> Run:
     ("ranks", "ep", "compiled"),
     [
         *((*split, False) for split in SPLITS),
-        pytest.param(4, 2, True, marks=pytest.mark.slow),
-        *(pytest.param(*split, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for split in SPLITS if split != (4, 2)),
+        *(pytest.param(*split, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for split in SPLITS),  # test_fsdp.py compiles one
     ],
 )
 def test_expert_parallel_training_is_that_of_one_process(ranks: int, ep: int, compiled: bool) -> None:

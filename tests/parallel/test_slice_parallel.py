@@ -87,8 +87,7 @@ SHAPES = [(1, 2), (2, 2), (1, 4)]
     ("dp", "tp", "compiled", "way"),
     [
         *((*shape, False, way) for shape in SHAPES for way in ("whole", "sequence")),
-        pytest.param(2, 2, True, "sequence", marks=pytest.mark.slow),
-        pytest.param(2, 2, True, "whole", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        *(pytest.param(2, 2, True, way, marks=pytest.mark.exhaustive) for way in ("whole", "sequence")),  # test_hybrid.py compiles one
     ],
 )
 def test_training_on_slices_is_that_of_one_process(dp: int, tp: int, compiled: bool, way: str) -> None:

@@ -145,9 +145,8 @@ def test_expert_weights_may_be_dtensors_sharded_over_ep_and_the_hidden_dim(order
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("order", "dtensors"), [("after", True), *(pytest.param(order, False, marks=pytest.mark.exhaustive) for order in ("slices", "before"))]
-)
+@pytest.mark.exhaustive  # test_hybrid.py compiles one in every run
+@pytest.mark.parametrize(("order", "dtensors"), [("after", True), ("slices", False), ("before", False)])
 def test_compiled_tensor_parallel_training_is_that_of_one_process(order: str, dtensors: bool) -> None:
     assert_is_one_process(Sizes(), (1, 2, 2), order, dtensors, True)
 

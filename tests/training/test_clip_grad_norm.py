@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,58 @@ def test_low_precision_is_summed_in_higher_precision(dtype: torch.dtype) -> None
         torch.testing.assert_close(param.grad, scaled, rtol=max(1e-6, torch.finfo(dtype).eps), atol=0)
     large = [with_gradient(torch.full((), 1e19)) for _ in range(100)]  # of which the sum of squares, 1e40, is no float32
     assert mf.clip_grad_norm_(large, 1.0).item() == pytest.approx(1e20)
+
+
+LARGE = {  # gradients whose squares, or whose norm, float32 cannot hold; and such as are not finite
+    "squares": [[1e25, -3e25], [2.0]],
+    "norm": [[3e38, 3e38, -2e38], [1.0, 3e38]],
+    "many": [[3e38] * 5000, [-2e38] * 7],
+    "infinite": [[1.0, float("inf")], [2.0]],
+    "NaN": [[3.0, 4.0], [float("nan"), 1e25]],
+}
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0, 1e30, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_large_gradients_have_their_norm_and_those_that_are_not_finite_stay_as_they_are(dtype: torch.dtype, clip: float) -> None:
+    for values in LARGE.values():
+        grads = [torch.tensor(part, dtype=dtype) for part in values]
+        params = [with_gradient(grad) for grad in grads]
+        norm = mf.clip_grad_norm_(params, clip)
+        want = torch.cat([grad.double() for grad in grads]).norm()
+        torch.testing.assert_close(norm, want, rtol=1e-6, atol=0, equal_nan=True)
+        assert norm.isfinite() == all(grad.isfinite().all() for grad in grads)
+        factor = min(1.0, clip / (want + 1e-6)) if norm.isfinite() and clip < float("inf") else 1.0
+        for param, grad in zip(params, grads, strict=True):
+            # A factor below 2^-126 has the precision 2^-149.
+            rounding = max(1e-6, torch.finfo(dtype).eps, 2.0**-149 / factor if factor else 0)
+            scaled = (grad.double() * factor).to(dtype)
+            torch.testing.assert_close(param.grad, scaled, rtol=rounding, atol=torch.finfo(dtype).smallest_normal, equal_nan=True)
+            assert factor != 1 or torch.equal(param.grad.nan_to_num(7), grad.nan_to_num(7))
+
+
+def broken_here(value: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One of the ranks has a gradient that is not finite, of a parameter that the ranks have parts of, with replicas or not."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    part, alike = torch.full((2, 3), 1e30), torch.ones(4)
+    if mesh.get_rank() == 1:
+        part[1, 2] = value
+    params = {"part": with_gradient(part), "experts": with_gradient(part), "alike": with_gradient(alike)}
+    spread: dict[Any, Any] = {"alike": "", "*": mesh}
+    norm = mf.clip_grad_norm_(params, 1.0, spread, {"experts": ([[0, 1], [1, 2]], mesh)})
+    return norm, params["part"].grad, params["alike"].grad
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e35])
+def test_all_ranks_scale_or_none_whichever_has_a_gradient_that_is_not_finite(value: float) -> None:
+    (norm, *first), (other, *second) = run_ranks(broken_here, 2, value)
+    assert torch.equal(norm, other) or (norm.isnan() and other.isnan())
+    wanted = value * math.sqrt(2)  # beside it the others are nothing
+    assert norm.item() == pytest.approx(wanted, rel=1e-6, nan_ok=True)
+    factor = 1 / norm.item() if norm.isfinite() else 1.0
+    for part, alike in (first, second):
+        assert part[0, 0].item() == pytest.approx(1e30 * factor)
+        assert alike.tolist() == pytest.approx([factor] * 4)
 
 
 def test_parameters_without_a_gradient_have_none_and_nothing_has_norm_0() -> None:

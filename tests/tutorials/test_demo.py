@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -22,27 +23,29 @@ from tutorials.demo.model import Shape
 from tutorials.demo.options import parse
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20
+STEPS = 10
+SHAPE = Shape(dim=64, hidden=64, context=32)
+TEXT = argparse.__file__  # 100 kB: the whole standard library takes each process two seconds to read
 EAGER = "--no-compile --dtype float32"
 PER_PARAMETER_MESH = parallel.ShardPlacementResult
 
 
 def losses(arguments: str, one_mesh: bool = False) -> tuple[list[float], int]:
     """The demo's loss at each step, and how many graphs were compiled; with an FSDP2 that has one mesh a block, where ``one_mesh``."""
-    options = parse([*arguments.split(), "--batch", "8"])
+    options = parse([*arguments.split(), "--batch", "8", "--data", TEXT])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     if one_mesh:
         parallel.ShardPlacementResult = None
     try:
-        text, shape = data.read(options.data), Shape(context=64)
+        text, shape = data.read(options.data), SHAPE
         mesh = parallel.meshes(options)
         model = parallel.build(shape, mesh, options)
         schedule = pipeline.schedule(model, mesh, shape, options.batch, options.slice, parallel.compute_dtype(options), 1)
         optimizer = train.adamw(model)
         history: dict[str, Any] = {"step": 0, "train": [], "loads": [], "rows": []}
         for step in range(STEPS):
-            inputs = pipeline.own_part(data.batch(text.train, options.batch, 64, 0, step), mesh, options.slice)
+            inputs = pipeline.own_part(data.batch(text.train, options.batch, shape.context, 0, step), mesh, options.slice)
             loss, load = train.train_step(model, schedule, optimizer, *inputs, train.learning_rate(step, STEPS), mesh, options)
             train.record(history, loss, load, False, mesh)
     finally:
@@ -67,8 +70,8 @@ def one_process() -> list[float]:
 def test_every_arrangement_of_ranks_trains_as_one_process_does(arguments: str, one_process: list[float]) -> None:
     everywhere = [run for run, _ in run_ranks(losses, int(arguments.split()[1]), f"{arguments} {EAGER}")]
     assert all(run == everywhere[0] for run in everywhere)
-    assert one_process[-1] < one_process[0] - 1  # it does train
-    # float32 sums in another order round to some 1e-7 of the loss; measured over the 20 steps: at most 2e-7. The experts' gradients scaled
+    assert one_process[-1] < one_process[0] - 0.5  # it does train
+    # float32 sums in another order round to some 1e-7 of the loss; measured over 20 steps: at most 2e-7. The experts' gradients scaled
     # wrongly, which AdamW nearly hides, differed by 7e-6 in the second step and by 2e-3 in the last.
     torch.testing.assert_close(everywhere[0], one_process, rtol=2e-6, atol=0)
 
@@ -113,7 +116,7 @@ def test_compiled_it_is_one_graph_for_all_blocks_and_trains_as_in_eager_mode() -
     eager, _ = run_ranks(losses, 2, "--ranks 2 --no-compile --dtype bfloat16")[0]
     compiled, graphs = run_ranks(losses, 2, "--ranks 2", timeout=240)[0]
     assert graphs == 1
-    # bfloat16 keeps 8 bits, and the compiled graph rounds at fewer places: measured at most 9e-3 over the 20 steps.
+    # bfloat16 keeps 8 bits, and the compiled graph rounds at fewer places: measured at most 9e-3 over 20 steps.
     torch.testing.assert_close(compiled, eager, rtol=3e-2, atol=0)
 
 
@@ -129,6 +132,8 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
         "--sample",
         "4",
         "--no-compile",
+        "--data",
+        TEXT,
         "--out",
         str(out),
         *arguments,
@@ -156,29 +161,29 @@ def history(out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    undisturbed = start(tmp_path / "whole", "--steps", "12", "--profile")
+    undisturbed = start(tmp_path / "whole", "--steps", "6")
     output, _ = undisturbed.communicate(timeout=120)
     assert undisturbed.returncode == 0, output
-    for plot in ("loss.png", "experts.png"):
-        assert (tmp_path / "whole" / plot).stat().st_size > 10_000
-    for rank in range(2):
-        assert "moecomm::dispatch_exchange" in (tmp_path / "whole" / f"trace_{rank}.json").read_text()
-    assert "held-out bits per byte" in output
-    assert "bigram" in output
 
-    interrupted = start(tmp_path / "parts", "--steps", "12")
-    seen = read_until(interrupted, "2/12 ")
+    interrupted = start(tmp_path / "parts", "--steps", "6")
+    seen = read_until(interrupted, "2/6 ")
     interrupted.send_signal(signal.SIGINT)
     rest, _ = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 128 + signal.SIGINT, rest
     assert "Traceback" not in seen + rest
     assert "--resume goes on from it" in rest
-    assert 2 <= history(tmp_path / "parts")["step"] < 12
+    assert 2 <= history(tmp_path / "parts")["step"] < 6
 
-    resumed = start(tmp_path / "parts", "--steps", "12", "--resume")
+    resumed = start(tmp_path / "parts", "--steps", "6", "--resume", "--profile")
     output, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, output
     assert history(tmp_path / "parts")["train"] == history(tmp_path / "whole")["train"]
+    for plot in ("loss.png", "experts.png"):
+        assert (tmp_path / "parts" / plot).stat().st_size > 10_000
+    for rank in range(2):
+        assert "moecomm::dispatch_exchange" in (tmp_path / "parts" / f"trace_{rank}.json").read_text()
+    assert "held-out bits per byte" in output
+    assert "bigram" in output
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.spawn import run_ranks
 from tutorials.demo import checkpoint, data, parallel, pipeline, train
 from tutorials.demo.model import Shape
 from tutorials.demo.options import parse
-from tutorials.demo.splits import default_ep, misfits
+from tutorials.demo.splits import default_ep, microbatches, misfits
 
 SMALL = Shape(dim=32, hidden=16, context=16)
 STEPS = 4
@@ -35,7 +35,7 @@ def training(arguments: str, parts: int | None = None, folder: Path | None = Non
     options = options_of(arguments)
     shape = SMALL._replace(shared=options.shared)
     mesh = parallel.meshes(options)
-    parts = parts or pipeline.microbatches(options.pp)
+    parts = parts or microbatches(options.pp)
     model = parallel.build(shape, mesh, options)
     schedule = pipeline.schedule(model, mesh, shape, options.batch, options.slice, parallel.compute_dtype(options), parts)
     optimizer = train.adamw(model)
@@ -94,7 +94,7 @@ SLOW = {
 )
 def test_every_split_trains_as_one_rank_does(arguments: str) -> None:
     options = options_of(arguments)
-    expected = one_rank(pipeline.microbatches(options.pp))
+    expected = one_rank(microbatches(options.pp))
     for losses in run_ranks(training, options.ranks, f"{arguments} {EAGER}", timeout=240):
         torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
 
@@ -102,7 +102,7 @@ def test_every_split_trains_as_one_rank_does(arguments: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["--pp 2 --tp 2 --ep 2", pytest.param("--tp 2 --ep 2 --etp 2 --slice", marks=pytest.mark.exhaustive)])
 def test_with_a_shared_expert_too_a_split_trains_as_one_rank_does(split: str) -> None:
-    expected = one_rank(pipeline.microbatches(options_of(f"--ranks 4 {split}").pp), "--shared 24")
+    expected = one_rank(microbatches(options_of(f"--ranks 4 {split}").pp), "--shared 24")
     for losses in run_ranks(training, 4, f"--ranks 4 {split} --shared 24 {EAGER}", timeout=240):
         torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tutorials.demo import launch, train
-from tutorials.demo.checkpoint import complete
+from tutorials.demo import launch
 from tutorials.demo.options import parse, under_torchrun
 
 
@@ -30,6 +29,8 @@ def main() -> int:
         print("torch.compile's Inductor finds no working C++ compiler: the graphs run with backend aot_eager instead")
         options.backend, arguments = "aot_eager", [*arguments, "--backend", "aot_eager"]
     if under_torchrun():
+        from tutorials.demo import train  # and pipelining, FSDP2 and matplotlib, which the launcher need not wait for
+
         train.main(options)
         return 0
     if not options.resume:
@@ -37,13 +38,13 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         stop = Path(folder) / "stop"
-        return launch.wait(launch.start(options.ranks, arguments, environment(options) | {train.STOP_FILE: str(stop)}), stop)
+        return launch.wait(launch.start(options.ranks, arguments, environment(options) | {launch.STOP_FILE: str(stop)}), stop)
 
 
 def check_machine(options: Namespace) -> None:
     if options.device == "cuda" and torch.cuda.device_count() < options.ranks and not under_torchrun():
         sys.exit(f"--ranks was {options.ranks}; with --device cuda it must be at most the number of GPUs, {torch.cuda.device_count()}")
-    if options.resume and not complete(options.out / "checkpoints"):
+    if options.resume and not any((options.out / "checkpoints").glob("step_*")):
         sys.exit(f"--resume: there is no complete checkpoint in {options.out}/checkpoints")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 LISTEN = "MOECOMM_DEMO_LISTEN"  # an environment variable: rank 0's listening socket, "" on the other ranks
+STOP_FILE = "MOECOMM_DEMO_STOP"  # an environment variable that names a file: once the file exists, the ranks save and leave
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 INTERRUPTED = 128 + signal.SIGINT
 GRACE = 5.0  # after one rank failed, seconds for the other ranks to print their errors

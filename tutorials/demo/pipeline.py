@@ -14,14 +14,6 @@ from moecomm.mesh import MoEMesh
 from tutorials.demo.model import Shape, Transformer
 
 
-def microbatches(stages: int) -> int:
-    """The number of microbatches: twice the stages, or 1 for one stage, which never waits.
-
-    With twice the stages, a stage idles in stages - 1 of its 3 * stages - 1 time slots.
-    """
-    return 2 * stages if stages > 1 else 1
-
-
 def own_part(tokens: Tensor, mesh: MoEMesh, sliced: bool, parts: int = 1) -> tuple[Tensor, Tensor]:
     """This rank's part of ``tokens`` [batch, length + 1]: the input and the tokens to predict, [B, n] each.
 

@@ -8,10 +8,17 @@ from collections.abc import Iterator
 
 from moecomm.mesh import divisors
 from tutorials.demo.model import Shape
-from tutorials.demo.pipeline import microbatches
 
 SHOWN = 3  # how many of the nearest that fit are shown
 CHANGED = ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "batch")  # the options that must fit
+
+
+def microbatches(stages: int) -> int:
+    """The number of microbatches: twice the stages, or 1 for one stage, which never waits.
+
+    With twice the stages, a stage idles in stages - 1 of its 3 * stages - 1 time slots.
+    """
+    return 2 * stages if stages > 1 else 1
 
 
 def misfits(options: Namespace, shape: Shape) -> Iterator[str]:

@@ -28,12 +28,12 @@ from moecomm.mesh import MoEMesh
 from tutorials.demo import checkpoint, data, launch, parallel, pipeline, plots
 from tutorials.demo.model import Shape, Transformer
 from tutorials.demo.options import parse, shape_of, under_torchrun
+from tutorials.demo.splits import microbatches
 
 LEARNING_RATE, WARM_UP, CLIP = 4e-3, 20, 1.0
 HELD_OUT_WINDOWS, HELD_OUT_EVERY = 64, 40
 PROMPT, TEMPERATURE = 96, 0.7  # bytes
 TIMEOUT = timedelta(minutes=10)  # how long ranks wait for a rank that is alive but late; longer than their compile times differ
-STOP_FILE = "MOECOMM_DEMO_STOP"  # an environment variable that names a file: once the file exists, the ranks save and leave
 
 
 def main(options: Namespace) -> None:
@@ -54,7 +54,7 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
     mesh, dtype = parallel.meshes(options), parallel.compute_dtype(options)
     pp, dp, _, tp = mesh.dense.shape
     held_out = data.windows(text.held_out, -(-HELD_OUT_WINDOWS // dp) * dp, shape.context)  # [windows, context + 1]
-    model, parts = parallel.build(shape, mesh, options), pipeline.microbatches(pp)
+    model, parts = parallel.build(shape, mesh, options), microbatches(pp)
     schedule = pipeline.schedule(model, mesh, shape, options.batch, options.slice, dtype, parts)
     optimizer = adamw(model)
     say(
@@ -204,7 +204,7 @@ def sample(model: Transformer, text: Tensor, mesh: MoEMesh, shape: Shape, option
 
 def stop_requests() -> Callable[[], bool]:
     """A function that returns whether this rank was asked to stop: by SIGINT, by SIGTERM, or by the launcher's file."""
-    file, signals = Path(os.environ.get(STOP_FILE, "")), []
+    file, signals = Path(os.environ.get(launch.STOP_FILE, "")), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
     return lambda: bool(signals) or file.is_file()

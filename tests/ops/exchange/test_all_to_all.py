@@ -187,6 +187,7 @@ def opcheck_all(pairs: list[list[int]], d: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.slow
 def test_the_exchanges_pass_opcheck(ranks: int) -> None:
     for pairs in PAIRS[ranks]:
         run_ranks(opcheck_all, ranks, pairs, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,5 +57,6 @@ def here() -> None:
         opcheck(replica_shares, (tensors[0], flat, ranks, name), test_utils=TESTS)
 
 
+@pytest.mark.slow
 def test_replicas_become_the_first_or_the_sum_of_all_and_the_ops_pass_opcheck() -> None:
     run_ranks(here, 3)

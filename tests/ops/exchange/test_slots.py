@@ -137,6 +137,7 @@ def opcheck_all(tokens: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_slots_pass_opcheck(ranks: int) -> None:
     run_ranks(opcheck_all, ranks, TOKENS[ranks])
     run_ranks(opcheck_all, ranks, (0,) * ranks)

@@ -98,5 +98,6 @@ def opcheck_all() -> None:
         opcheck(torch.ops.moecomm.sync_params.default, (params, 0, divisor, ranks, name), test_utils=COMPOSED)
 
 
+@pytest.mark.slow
 def test_the_ops_pass_opcheck() -> None:
     run_ranks(opcheck_all, 2)

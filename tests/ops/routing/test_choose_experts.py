@@ -90,6 +90,7 @@ def test_choose_leaves_its_argument_as_it_was(device: str) -> None:
     assert torch.equal(scores, before)
 
 
+@pytest.mark.slow
 def test_choose_passes_opcheck(device: str) -> None:
     for tokens, num_experts, k in ((5, 8, 2), (4, 1, 1), (0, 4, 2), (1, 3, 3)):
         opcheck(choose, (torch.randn(tokens, num_experts, generator=seeded(8)).to(device).requires_grad_(), k))

@@ -49,7 +49,17 @@ def check(experts: Tensor, num_experts: int, ranks: int, device: str, placed: Te
 
 @pytest.mark.parametrize(
     ("tokens", "k", "num_experts", "ranks"),
-    [(5, 2, 8, 4), (33, 3, 6, 2), (64, 8, 16, 4), (70, 1, 4, 4), (7, 2, 1, 1), (7, 5, 3, 1), (1, 1, 1, 1), (0, 2, 4, 2), (20, 300, 512, 4)],
+    [
+        (5, 2, 8, 4),
+        (33, 3, 6, 2),
+        (64, 8, 16, 4),
+        (70, 1, 4, 4),
+        (7, 2, 1, 1),
+        (7, 5, 3, 1),
+        (1, 1, 1, 1),
+        (0, 2, 4, 2),
+        pytest.param(20, 300, 512, 4, marks=pytest.mark.slow),
+    ],  # fmt: skip
 )
 def test_count_agrees_with_a_loop(tokens: int, k: int, num_experts: int, ranks: int, device: str) -> None:
     check(routing(tokens, k, num_experts, seed=tokens), num_experts, ranks, device)
@@ -107,6 +117,7 @@ def test_weights_that_are_not_finite_are_counted(dtype: torch.dtype, device: str
             assert message[:, NOT_FINITE].tolist() == [wrong] * 4
 
 
+@pytest.mark.slow
 def test_count_passes_opcheck(device: str) -> None:
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
         experts = routing(tokens, k, 4, seed=tokens).to(device)

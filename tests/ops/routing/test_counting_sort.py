@@ -82,6 +82,11 @@ def test_bounded_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device:
         check_bounded(keys, bins, most, device)
 
 
+def test_bounded_sort_has_room_for_nothing(device: str) -> None:
+    for tokens in (0, 5, 300):
+        check_bounded(routing(tokens, 2, 3, seed=tokens), 3, 0, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_bounded_sort_takes_any_integer_dtype_and_any_strides(dtype: torch.dtype, device: str) -> None:
     keys = routing(150, 2, 5, seed=1, dropped=0.0 if dtype == torch.uint8 else 0.3).to(dtype)
@@ -126,6 +131,7 @@ def test_keys_that_need_more_than_16_bits() -> None:
     assert offsets[[0, 6, 7, 2**15 - 1, 2**15]].tolist() == [0, 0, 1, 1, 3]
 
 
+@pytest.mark.slow
 def test_sort_passes_opcheck(device: str) -> None:
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
         keys = routing(tokens, k, 4, seed=tokens).to(device)

@@ -41,7 +41,16 @@ def check(experts: Tensor, ranks: int, local: int, most: int, device: str, place
 
 @pytest.mark.parametrize(
     ("tokens", "k", "ranks", "local"),
-    [(5, 2, 4, 2), (33, 3, 2, 1), (64, 8, 4, 4), (70, 1, 4, 1), (40, 5, 1, 3), (1, 1, 1, 1), (0, 2, 2, 2), (3, 300, 2, 160)],
+    [
+        (5, 2, 4, 2),
+        (33, 3, 2, 1),
+        (64, 8, 4, 4),
+        (70, 1, 4, 1),
+        (40, 5, 1, 3),
+        (1, 1, 1, 1),
+        (0, 2, 2, 2),
+        pytest.param(3, 300, 2, 160, marks=pytest.mark.slow),
+    ],
 )
 def test_fit_agrees_with_a_loop(tokens: int, k: int, ranks: int, local: int, device: str) -> None:
     """An expert may stand in several slots of a token, and so a token have more slots for a rank than that has experts."""
@@ -74,6 +83,7 @@ def test_places_may_be_others_than_the_experts(device: str) -> None:
         check(experts, 4, 2, most, device, places)
 
 
+@pytest.mark.slow
 def test_fit_passes_opcheck(device: str) -> None:
     for tokens, k in ((5, 2), (4, 1), (0, 2), (1, 1)):
         experts = routing(tokens, k, 4, seed=tokens).to(device)

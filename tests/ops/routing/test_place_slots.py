@@ -124,6 +124,7 @@ def test_experts_with_the_same_ranks_send_a_token_to_one_of_them() -> None:
         assert (ranks == ranks[:, :1]).all()
 
 
+@pytest.mark.slow
 def test_place_passes_opcheck(device: str) -> None:
     for placement in PLACEMENTS[1]:
         held = torch.tensor(placement)

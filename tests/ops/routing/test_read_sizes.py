@@ -119,6 +119,7 @@ def test_static_mode_checks_the_same_but_for_the_number_of_slots() -> None:
     opcheck(checked, (good, keys))
 
 
+@pytest.mark.slow
 def test_sizes_pass_opcheck() -> None:
     for tokens in (5, 1, 0):
         sent = message(routing(tokens, 2, NUM_EXPERTS, seed=tokens), 4)

@@ -13,6 +13,7 @@ from moecomm.ops.routing.slot_bytes import message_cpu, message_fake, message_tr
 from tests.ops.cases import assert_same_layout, guarded, routing, seeded, strided
 
 
+@pytest.mark.slow
 def test_unpack_passes_opcheck(device: str) -> None:
     for received, k, local, dtype, width in ((3, 2, 4, torch.float32, 10), (0, 2, 4, torch.float32, 10), (2, 3, 300, torch.bfloat16, 12)):
         message = torch.randint(0, 256, (received, width), dtype=torch.uint8, generator=seeded(k))

@@ -103,6 +103,7 @@ def test_what_came_is_taken_from_the_messages_in_the_order_of_the_ranks(tokens: 
     assert torch.equal(guarded(take_triton, messages.to(device), len(ids), width).cpu(), taken)
 
 
+@pytest.mark.slow
 def test_few_slots_pass_opcheck(device: str) -> None:
     for tokens in (5, 1, 0):
         experts, weights, keys = (part.to(device) for part in chosen(tokens, 2, 3, torch.float32))

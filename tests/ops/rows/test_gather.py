@@ -85,6 +85,7 @@ def test_gradients_of_gather(tokens: int, k: int, d: int, extra: int, device: st
     assert gradgradcheck(lambda x: gather(x, order, position), x)
 
 
+@pytest.mark.slow
 def test_gather_passes_opcheck(device: str) -> None:
     for tokens, k, d, extra in ((5, 2, 3, 0), (5, 2, 3, 2), (4, 1, 7, 0), (0, 2, 3, 0), (3, 2, 0, 0), (1, 1, 1, 0)):
         x = torch.randn(tokens, d, generator=seeded(d)).to(device).requires_grad_()

@@ -194,6 +194,7 @@ def test_strides_do_not_matter(wire: str, device: str) -> None:
             assert torch.equal(layout, before)
 
 
+@pytest.mark.slow
 def test_the_ops_pass_opcheck(device: str) -> None:
     for wire in WIRES:
         for tokens, d in ((5, 40), (0, 3), (2, 0), (1, 1)):

@@ -71,6 +71,7 @@ def test_the_mean_is_finite_where_the_sum_of_low_precision_is_not(device: str) -
     assert rank_sum_cpu(huge, 4, False).isinf().all()
 
 
+@pytest.mark.slow
 def test_opcheck_passes_on_rank_sum(device: str) -> None:
     for dtype in (*FLOATS, torch.float64, torch.complex64):
         opcheck(rank_sum, (parts_of(3, 5, dtype).to(device), 3, False))

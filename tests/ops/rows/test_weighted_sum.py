@@ -99,7 +99,8 @@ def test_more_tokens_than_a_block_has_rows(device: str) -> None:
     check_gradients(grad, rows, weights, order, position, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_long_sums_of_low_precision_accumulate_in_float32(dtype: torch.dtype, device: str) -> None:
     """64 terms: an accumulator in the dtype itself would be off by several roundings."""
     order = torch.arange(64, dtype=torch.int32)
@@ -179,6 +180,7 @@ def test_gradients_first_and_second(tokens: int, k: int, d: int, extra: int, dev
         assert gradgradcheck(function, inputs)
 
 
+@pytest.mark.slow
 def test_both_pass_opcheck(device: str) -> None:
     for tokens, k, d, extra in ((5, 2, 3, 0), (5, 2, 3, 2), (4, 1, 7, 0), (0, 2, 3, 0), (3, 2, 0, 0), (1, 1, 1, 0)):
         rows, weights, order, position, grad = (x.to(device) for x in case(tokens, k, d, torch.float32, torch.float32, extra))

@@ -1,32 +1,27 @@
-"""dispatch and combine: send tokens to their experts' ranks, and sum the experts' rows back."""
+"""dispatch: send tokens to their experts' ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch import Tensor, is_grad_enabled
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moecomm.errors import check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_gradient_summed, check_reverse_mode, check_sent, check_tensor, wrong_type
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
 from moecomm.layer.quantized import Quantized
-from moecomm.ops.base.signature import traced
+from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, listed
 from moecomm.ops.exchange import dispatch_combine as ops
-from moecomm.ops.exchange.dispatch_combine_wire import combine_wire, dispatch_wire
 from moecomm.ops.exchange.dispatch_combine_wire import dispatch_quantized as dispatch_quantized_op
-from moecomm.ops.exchange.sum_ranks import sum_gradient
+from moecomm.ops.exchange.dispatch_combine_wire import dispatch_wire
 from moecomm.ops.rows.gather import gather
-from moecomm.ops.rows.weighted_sum import weighted_sum
-from moecomm.ops.rows.wire_formats import DTYPES, WIRES
-from moecomm.parallel.agree import check_same_call
-from moecomm.parallel.dtensor import check_rows, hidden_groups, placed, shard_of, to_local
-from moecomm.parallel.group import resolve_group
+from moecomm.ops.rows.wire_formats import WIRES
+from moecomm.parallel.dtensor import shard_of
 
 Tree = TypeVar("Tree")
-Result = TypeVar("Result")
 
 
 @profiled
@@ -34,7 +29,9 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     """Send tokens to the ranks of their experts: one row per slot, grouped by local expert.
 
     Args:
-        x: [T, ...], or a pytree of such tensors, any dtypes: this rank's tokens and the data that belongs to them.
+        x: [T, ...], or a pytree of such tensors: this rank's tokens and the data that belongs to them. Any dtypes but quantized
+            ones and integers of less than a byte. A tensor that requires a gradient is float64, float32, bfloat16, float16 or
+            complex.
         plan: the plan of these tokens.
         wire: None, or the 8-bit format in which rows travel, for x of float32, bfloat16 or float16:
             - "float8_e4m3": 8 bits per value, and one float32 scale for each 128 values of a row;
@@ -47,8 +44,8 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         by source rank, then by token. For a DTensor too the result is a plain tensor.
 
     Raises:
-        TypeError: a leaf of ``x`` is not a tensor; ``plan`` is not a `Plan`; a wire is not a string; ``x`` has a dtype that
-            the wire does not support.
+        TypeError: a leaf of ``x`` is not a tensor, or not of such a dtype; ``plan`` is not a `Plan`; a wire is not a string;
+            ``x`` has a dtype that the wire does not support.
         ValueError: a leaf does not have the plan's T tokens, is on another device, or is a DTensor with other placements
             than the plan's; a wire is unknown.
         NotImplementedError: inside a torch.func transform that differentiates, or for dual tensors.
@@ -92,7 +89,7 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     are those of DeepSeek-V3 (arXiv:2412.19437) and of the OCP Microscaling Formats Specification 1.0. DeepSeek-V3 sends tokens
     and the gradients of `combine` in 8 bits, and all sums in 16.
     """
-    _check_plan(plan)
+    check_plan(plan)
 
     leaves, spec = tree_flatten(x)
 
@@ -100,11 +97,13 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         check_reverse_mode("dispatch", leaves)
         here = [shard_of("x", leaf, plan.layout) for leaf in leaves]
         for leaf in here:  # check all leaves before the first is sent
-            _check_leaf("x", leaf, plan, plan.tokens, "T")
+            check_leaf("x", leaf, plan, plan.tokens, "T")
+            check_sent("x", leaf)
+            check_gradient_summed("x", leaf)
             check_wires("x", leaf, wire, backward_wire)
         return here
 
-    here = _checked("dispatch", plan, {"x": x}, (wire, backward_wire), shards)
+    here = checked("dispatch", plan, {"x": x}, {"wire": wire, "backward_wire": backward_wire}, shards)
     return tree_unflatten([_dispatch(leaf, plan, wire, backward_wire) for leaf in here], spec)
 
 
@@ -151,85 +150,27 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
     gradient goes to ``rows`` instead: [N, D] of x's dtype, without values and without memory. Your experts define their own
     backward: they take ``rows`` as one more argument, and return the rows' gradient for it. ``rows`` cannot be changed in place.
     """
-    _check_plan(plan)
+    check_plan(plan)
 
     def shard() -> Tensor:
         check_reverse_mode("dispatch_quantized", [x])
         here = shard_of("x", x, plan.layout)
         check_tensor("x", here, "[T, D]", dims=2)
-        _check_leaf("x", here, plan, plan.tokens, "T")
+        check_leaf("x", here, plan, plan.tokens, "T")
         if wire is None:
-            wrong_type("wire", "None", _listed(WIRES))
+            wrong_type("wire", "None", listed(WIRES))
         check_wires("x", here, wire, backward_wire)
         return here
 
-    x = _checked("dispatch_quantized", plan, {"x": x}, (wire, backward_wire), shard)
+    x = checked("dispatch_quantized", plan, {"x": x}, {"wire": wire, "backward_wire": backward_wire}, shard)
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     return Quantized(*dispatch_quantized_op(x, *indices, plan.group, wire, backward_wire))
 
 
-@profiled
-def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str | None = None) -> Tree:
-    """Bring the experts' rows back to their tokens' ranks: the weighted sum of each token over its slots.
-
-    ``y[t] = sum over j of weights[t, j] * (the row of slot j)``, over the slots that are not dropped. A token without any slot
-    gets zeros. The weights are those of the plan.
-
-    Args:
-        rows: [N, ...], or a pytree of such plain tensors, floating dtypes: the expert's output for each row of `dispatch`. If
-            x was sharded over the hidden dim, the rows are such slices. If x was Replicate, the rows are the same on those
-            ranks.
-        plan: the plan that the rows were dispatched with.
-        wire: None, or the 8-bit format in which each rank's sum for a token travels, as in `dispatch`. Each of the sums that
-            are added up then has that error. Other libraries do not round these sums.
-        backward_wire: the same for the gradient on its way to the experts.
-
-    Returns:
-        [T, ...] for each tensor, with its dtype. If the plan was made of DTensors: a DTensor with the placements of the plan's
-        ``like``, or of its experts.
-
-    Raises:
-        TypeError: a leaf of ``rows`` is not a tensor or not of a floating dtype; ``plan`` is not a `Plan`.
-        ValueError: a leaf does not have the plan's N rows, is on another device, or is a DTensor.
-        NotImplementedError, MoECommError, and errors of a wire: as `dispatch` does.
-        All of these are raised before any token is sent.
-
-    Example:
-        >>> weights = torch.tensor([[0.5, 0.25], [1.0, 0.0]])
-        >>> a_plan = plan(torch.tensor([[0, 1], [1, -1]]), weights, num_experts=2)
-        >>> combine(dispatch(torch.tensor([[4.0], [8.0]]), a_plan), a_plan)
-        tensor([[3.],
-                [8.]])
-
-    Backward: ``rows`` get the dispatch of the gradient, weighted. The plan's weights get the dot product of the gradient and
-    the row. It is one exchange. If the rows are slices of the hidden dim, an all-to-all and an all-gather of R * K numbers add
-    up the slices' parts. The backward can be differentiated again; all ranks must do so alike. There is no forward mode.
-
-    Cost: one exchange per tensor.
-
-    Precision: each rank first sums over its own experts. Then the token's rank sums over the ranks, in the order of the token's
-    slots. Both sums are in float32 (float64 for float64), and each is rounded to the rows' dtype.
-    """
-    _check_plan(plan)
-
-    leaves, spec = tree_flatten(rows)
-
-    def check() -> None:
-        check_reverse_mode("combine", [plan.weights, *leaves])
-        for leaf in leaves:  # check all leaves before the first is sent
-            _check_leaf("rows", leaf, plan, plan.row_order.shape[0], "N")
-            check_floating("rows", leaf)
-            check_rows("rows", leaf, plan.layout)
-            check_wires("rows", leaf, wire, backward_wire)
-
-    _checked("combine", plan, {"rows": rows, "the plan's weights": plan.weights}, (wire, backward_wire), check)
-    weights = plan.weights
-    for group in hidden_groups(plan.layout):  # each rank's rows give only their slice's part of the weights' gradient
-        weights = sum_gradient(weights, group.size, group.name)
-    return tree_unflatten([placed(_combine(leaf, weights, plan, wire, backward_wire), plan.layout) for leaf in leaves], spec)
-
-
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
+    if x.is_complex():  # as real and imaginary parts: the backward adds up real numbers
+        parts = torch.view_as_real(x.resolve_conj())  # [T, ..., 2]
+        return torch.view_as_complex(_dispatch(parts, plan, wire, backward_wire))
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
@@ -239,67 +180,3 @@ def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None
     else:
         rows = ops.dispatch(flat, *indices, plan.group)  # [N, D]
     return rows.reshape(rows.shape[0], *x.shape[1:])
-
-
-def _combine(rows: Tensor, weights: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
-    indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
-    if wire is not None or backward_wire is not None:
-        y = combine_wire(flat, weights, *indices, plan.group, wire, backward_wire)
-    elif plan.send_order is None or plan.send_position is None:
-        y = weighted_sum(flat, weights, plan.row_order, plan.row_position)
-    else:
-        y = ops.combine(flat, weights, *indices, plan.group)  # [T, D]
-    return y.reshape(y.shape[0], *rows.shape[1:])
-
-
-def _check_plan(plan: Plan) -> None:
-    if not isinstance(plan, Plan):
-        wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
-
-
-def _checked(function: str, plan: Plan, passed: dict[str, Any], wires: tuple[Any, Any], check: Callable[[], Result]) -> Result:
-    """Run ``check`` and return its result.
-
-    For a plan with check=True, in eager code, also compare this call with the other ranks' calls; raise on all ranks if they
-    differ.
-    """
-    if not plan.ticket or traced():
-        return check()
-    described: dict[str, object] = {"wire": repr(wires[0]), "backward_wire": repr(wires[1])}
-    for argument, tree in passed.items():
-        described |= {f"{argument}'s leaf {i}" if i else argument: _kind(leaf) for i, leaf in enumerate(tree_leaves(tree))}
-    return check_same_call(function, plan.ticket, described, check, plan.row_order.device, resolve_group(plan.group))
-
-
-def _kind(leaf: object) -> str:
-    """The properties of a leaf that the messages, and the rank's part in the backward pass, depend on."""
-    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-        return type(leaf).__name__
-    gradient = ", requires_grad" if leaf.requires_grad and is_grad_enabled() else ""
-    return f"{str(leaf.dtype).removeprefix('torch.')} {list(to_local(leaf).shape[1:])} a row{gradient}"
-
-
-def _check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str) -> None:
-    check_tensor(argument, value, f"[{symbol}, ...], or a pytree of them")
-    if value.dim() == 0 or differ(value.shape[0], size):
-        wrong_value(argument, f"of shape {list(value.shape)}", f"of shape [{size}, ...], the plan's {symbol} = {size}")
-    if value.device != plan.row_order.device:
-        wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}")
-
-
-def check_wires(argument: str, value: Tensor, wire: object, backward_wire: object) -> None:
-    """Raise unless each wire is None, or a format in which rows of ``value`` can travel."""
-    for name, given in (("wire", wire), ("backward_wire", backward_wire)):
-        if given is None:
-            continue
-        if not isinstance(given, str):
-            wrong_type(name, type(given).__name__, f"None, {_listed(WIRES)}")
-        if given not in WIRES:
-            wrong_value(name, repr(given), f"None, {_listed(WIRES)}")
-        if value.dtype not in DTYPES:
-            wrong_type(argument, f"of dtype {value.dtype}", f"of dtype float32, bfloat16 or float16, with {name} {given!r}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " or ".join(map(repr, names))

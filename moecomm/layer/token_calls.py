@@ -1,0 +1,71 @@
+"""The checks of what dispatch and combine are called with, on this rank and, with ``check=True``, against the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from torch import Tensor, is_grad_enabled
+from torch.utils._pytree import tree_leaves
+
+from moecomm.errors import check_tensor, differ, wrong_type, wrong_value
+from moecomm.layer.plan import Plan
+from moecomm.ops.base.signature import traced
+from moecomm.ops.rows.wire_formats import DTYPES, WIRES
+from moecomm.parallel.agree import check_same_call
+from moecomm.parallel.dtensor import to_local
+from moecomm.parallel.group import resolve_group
+
+Result = TypeVar("Result")
+
+
+def check_plan(plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
+
+
+def checked(function: str, plan: Plan, passed: dict[str, Any], options: dict[str, Any], check: Callable[[], Result]) -> Result:
+    """Run ``check`` and return its result.
+
+    For a plan with check=True, in eager code, also compare this call with the other ranks' calls; raise on all ranks if they
+    differ.
+    """
+    if not plan.ticket or traced():
+        return check()
+    described: dict[str, object] = {name: repr(value) for name, value in options.items()}
+    for argument, tree in passed.items():
+        described |= {f"{argument}'s leaf {i}" if i else argument: _kind(leaf) for i, leaf in enumerate(tree_leaves(tree))}
+    return check_same_call(function, plan.ticket, described, check, plan.row_order.device, resolve_group(plan.group))
+
+
+def _kind(leaf: object) -> str:
+    """The properties of a leaf that the messages, and the rank's part in the backward pass, depend on."""
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        return type(leaf).__name__
+    gradient = ", requires_grad" if leaf.requires_grad and is_grad_enabled() else ""
+    return f"{str(leaf.dtype).removeprefix('torch.')} {list(to_local(leaf).shape[1:])} a row{gradient}"
+
+
+def check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str) -> None:
+    check_tensor(argument, value, f"[{symbol}, ...], or a pytree of them")
+    if value.dim() == 0 or differ(value.shape[0], size):
+        wrong_value(argument, f"of shape {list(value.shape)}", f"of shape [{size}, ...], the plan's {symbol} = {size}")
+    if value.device != plan.row_order.device:
+        wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}")
+
+
+def check_wires(argument: str, value: Tensor, wire: object, backward_wire: object) -> None:
+    """Raise unless each wire is None, or a format in which rows of ``value`` can travel."""
+    for name, given in (("wire", wire), ("backward_wire", backward_wire)):
+        if given is None:
+            continue
+        if not isinstance(given, str):
+            wrong_type(name, type(given).__name__, f"None, {listed(WIRES)}")
+        if given not in WIRES:
+            wrong_value(name, repr(given), f"None, {listed(WIRES)}")
+        if value.dtype not in DTYPES:
+            wrong_type(argument, f"of dtype {value.dtype}", f"of dtype float32, bfloat16 or float16, with {name} {given!r}")
+
+
+def listed(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
