@@ -19,6 +19,7 @@ from moecomm.ops.routing.counting_sort import bounded_sort, counting_sort
 from moecomm.ops.routing.drop_overflow import fit
 from moecomm.ops.routing.read_sizes import checked, plan_sizes
 from moecomm.ops.routing.slots_with_counts import few_slots
+from moecomm.ops.routing.sort_alone import sort_alone
 from moecomm.parallel.agree import exchange_messages, tell_refusal, ticket
 from moecomm.parallel.dtensor import make_layout, to_local
 from moecomm.parallel.group import GroupLike, resolve_group
@@ -157,16 +158,21 @@ def _static_plan(routing: Routing, max_rows: int) -> Plan:
 
     Slots without room are dropped. Unused places are padding.
     """
-    experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
+    experts, weights, num_experts, places, placed, local, signed, check, align, group = routing
+    pairs = group.size * max_rows  # S = R
+    n = pairs * min(experts.shape[1], local)
+    if group.size == 1 and not check:
+        n += local * (align - 1)
+        order, position, offsets, dropped = sort_alone(experts, places, local, max_rows, n, align)
+        indices = offsets, weights, order, position, None, None, None
+        return Plan(*indices, experts.shape[0], num_experts, group.name, dropped=dropped)
     if check:
         keys, sent = count(experts, num_experts, group.size, signed, placed, weights)
         keys = checked(exchange_messages(sent, group, COUNTS), keys)
     else:
         keys = rank_keys(experts, num_experts, group.size, placed)  # [T, K]
-    pairs = group.size * max_rows  # S = R
     order, position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
     fits, dropped = fit(experts, places, position, local)  # [T, K]
-    n = pairs * min(experts.shape[1], local)
     if group.size == 1:
         return _sorted(routing, fits, weights, None, None, None, n, True)._replace(dropped=dropped)
     there, ids = exchange_slots(weights, fits, keys, order, position, local, None, None, None, pairs, group.name)  # [R, K] each

@@ -19,7 +19,7 @@ except ImportError:  # this platform has no Triton; CPU tensors never need it
     triton = tl = None
 
 LIBRARY = torch.library.Library("moecomm", "FRAGMENT")
-
+UNROLLED = 8  # the slots of a token whose rows a kernel reads or writes without waiting for one another
 
 ROOMS = Path(__file__).parents[1], Path(__file__).parents[2] / "compile"  # the ops, and the DTensor rules for them
 
