@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from moecomm.errors import check_floating, check_reverse_mode, check_tensor, differ, wrong_type, wrong_value
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
+from moecomm.ops.base.library import call
 from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import combine_wire, dispatch_wire
@@ -181,7 +182,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
 
     x = _checked("dispatch_quantized", plan, {"x": x}, (wire, backward_wire), shard)
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
-    return Quantized(*dispatch_quantized_op(x, *indices, plan.group, wire, backward_wire))
+    return Quantized(*call(dispatch_quantized_op, x, *indices, plan.group, wire, backward_wire))
 
 
 @profiled
@@ -246,27 +247,27 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
 
 
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
+    flat = x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
-        rows = dispatch_wire(flat, *indices, plan.group, wire, backward_wire)
+        rows = call(dispatch_wire, flat, *indices, plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
-        rows = gather(flat, plan.row_order, plan.row_position)
+        rows = call(gather, flat, plan.row_order, plan.row_position)
     else:
-        rows = ops.dispatch(flat, *indices, plan.group)  # [N, D]
-    return rows.reshape(rows.shape[0], *x.shape[1:])
+        rows = call(ops.dispatch, flat, *indices, plan.group)  # [N, D]
+    return rows if x.dim() == 2 else rows.reshape(rows.shape[0], *x.shape[1:])
 
 
 def _combine(rows: Tensor, weights: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
+    flat = rows if rows.dim() == 2 else rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
-        y = combine_wire(flat, weights, *indices, plan.group, wire, backward_wire)
+        y = call(combine_wire, flat, weights, *indices, plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
-        y = weighted_sum(flat, weights, plan.row_order, plan.row_position)
+        y = call(weighted_sum, flat, weights, plan.row_order, plan.row_position)
     else:
-        y = ops.combine(flat, weights, *indices, plan.group)  # [T, D]
-    return y.reshape(y.shape[0], *rows.shape[1:])
+        y = call(ops.combine, flat, weights, *indices, plan.group)  # [T, D]
+    return y if rows.dim() == 2 else y.reshape(y.shape[0], *rows.shape[1:])
 
 
 def _check_plan(plan: Plan) -> None:

@@ -1,7 +1,8 @@
 """order[i] = the i-th flat index in the stable order of keys, without keys of -1; position[order[i]] = i; offsets[b] = end of key b.
 
-Costs two reads of the M keys and one write of order [size] and position [M], all int32. On a GPU also four accesses of a histogram of each
-block of keys, at most 8 * M int32, up to 8192 bins. Three launches: each block's histogram, their sums over the blocks, the places.
+Costs two reads of the M keys and one write of order [size] and position [M], all int32. On a GPU also four accesses of the histograms of
+blocks of keys, at most 16 * M int32 for up to 2^14 bins. There are three launches: each block's histogram, the sums over the blocks, the
+places; with more than 256 bins a fourth.
 
 - ``size`` is the number of keys other than -1. With ``padded`` there may be fewer such keys; the rest of order is -1.
 - With ``align`` each key begins and ends at a multiple of it. The gaps in order are -1 as well, so ``padded`` must be set.
@@ -18,13 +19,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moecomm.errors import wrong_value
-from moecomm.ops.base.library import block_of, define, jit, tl
+from moecomm.ops.base.library import block_of, define, inlined, jit, tl
 
 SORT = "counting_sort(Tensor keys, int bins, SymInt size, bool padded=False, int align=1) -> (Tensor, Tensor, Tensor)"
 BOUNDED = "bounded_sort(Tensor keys, int bins, SymInt most) -> (Tensor, Tensor)"
 MOST = 2**31 - 256  # the most keys that int32 indices can number
-SUB = 128  # the keys that a program of a kernel compares with one another at a time
+SUB = 64  # the keys that a program of a kernel compares with one another at a time
 BINS = 1024  # the bins that a program of a kernel has in its registers at a time
+FEW = 256  # as many bins one warp adds up beside its other work
 
 
 def sort_fake(keys: Tensor, bins: int, size: int, padded: bool = False, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +73,7 @@ def bounded_cpu(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
     return order, position
 
 
-@jit
+@inlined
 def _keys_of(keys, i, size, bins):
     """The keys i as int32, -1 for those outside [0, bins) or past the end."""
     wide = tl.load(keys + i, mask=i < size, other=0).to(tl.int64)
@@ -116,37 +118,50 @@ def _scan_kernel(counts, totals, lost, dropped, blocks, bins, NAMED: tl.constexp
             gone += tl.load(lost + r, mask=r < blocks, other=0)
     tl.store(totals + b, so_far, mask=b < bins)
     if NAMED:
-        if tl.program_id(0) == 0:
-            tl.store(dropped, tl.sum(gone, axis=0))
+        tl.store(dropped, tl.sum(gone, axis=0), mask=tl.program_id(0) == 0)
+
+
+@jit
+def _start_kernel(totals, starts, offsets, bins, align, BINS: tl.constexpr):
+    """starts[b] and offsets[b]: where the keys b begin and end, in one program."""
+    end = tl.full([], 0, tl.int32)
+    for start in range(0, bins, BINS):
+        b = start + tl.arange(0, BINS)
+        room = (tl.load(totals + b, mask=b < bins, other=0) + align - 1) // align * align
+        ends = end + tl.cumsum(room, axis=0)
+        tl.store(starts + b, ends - room, mask=b < bins)
+        tl.store(offsets + b, ends, mask=b < bins)
+        end += tl.sum(room, axis=0)
 
 
 @jit(varies=("size", "kept"))
 def _place_kernel(
-    keys, counts, totals, order, position, offsets, size, kept, bins, most, align,
-    BOUNDED: tl.constexpr, SUB: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
+    keys, counts, totals, starts, order, position, offsets, size, kept, steps, bins, most, align,
+    BOUNDED: tl.constexpr, FEW: tl.constexpr, SUB: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """A key's place: where its bin begins, and the equal keys in earlier blocks and earlier in its own, which are counted by comparing."""
+    """A key's place: where its bin begins, and the equal keys in earlier blocks and earlier in its own, which are counted by comparing.
+
+    Each program adds up the bins' sizes itself if they are FEW. Else starts[b] has where they begin.
+    """
     block = tl.program_id(0).to(tl.int64)
-    for step in range(STEPS):
-        i = (block * STEPS + step) * SUB + tl.arange(0, SUB)
+    for step in range(steps):
+        i = (block * steps + step) * SUB + tl.arange(0, SUB)
         key = _keys_of(keys, i, size, bins)
         place = tl.load(counts + block * bins + key, mask=key >= 0, other=0)
         if BOUNDED:
             place += key * most
+        elif FEW:
+            b = tl.arange(0, BINS)
+            room = (tl.load(totals + b, mask=b < bins, other=0) + align - 1) // align * align
+            ends = tl.cumsum(room, axis=0)
+            place += tl.gather(ends - room, tl.maximum(key, 0), 0)
+            if (block == 0) & (step == 0):
+                tl.store(offsets + b, ends, mask=b < bins)
         else:
-            end = tl.full([], 0, tl.int32)  # the end of the last bin so far
-            for start in range(0, bins, BINS):
-                b = start + tl.arange(0, BINS)
-                room = (tl.load(totals + b, mask=b < bins, other=0) + align - 1) // align * align
-                ends = end + tl.cumsum(room, axis=0)
-                inside = (key >= start) & (key < start + BINS)
-                place += tl.where(inside, tl.gather(ends - room, tl.where(inside, key - start, 0), 0), 0)
-                end += tl.sum(room, axis=0)
-                if (block == 0) & (step == 0):
-                    tl.store(offsets + b, ends, mask=b < bins)
+            place += tl.load(starts + key, mask=key >= 0, other=0)
         own = tl.arange(0, SUB)
         for other in range(step + 1):
-            j = (block * STEPS + other) * SUB + own
+            j = (block * steps + other) * SUB + own
             earlier = (own + other * SUB)[None, :] < (own + step * SUB)[:, None]
             place += tl.sum((earlier & (_keys_of(keys, j, size, bins)[None, :] == key[:, None])).to(tl.int32), axis=1)
         inside = key >= 0
@@ -185,21 +200,24 @@ def launch(
     """Sort ``keys`` into order, position and offsets; with ``named``, count into ``dropped`` the keys outside [0, bins) that it names."""
     size, kept, keys = keys.numel(), order.shape[0], keys.contiguous()
     tile = max(64, block_of(bins, BINS))  # a warp of an AMD GPU has 64 threads, and tl.histogram at least a bin for each
-    # A block's histogram has at most 8 bins a key, up to 8192 bins. Longer blocks compare more keys with one another.
-    steps = max(1, min(8, block_of(bins, 8192) // BINS))
+    steps = max(1, block_of(bins, 2**14) >> 10)  # longer blocks have fewer histograms, and compare more keys with one another
     blocks = max(1, -(-size // (SUB * steps)))
     counts, totals = torch.empty((blocks, bins), dtype=torch.int32, device=keys.device), _empty(keys, bins)
     lost = totals if named is None else _empty(keys, blocks)
     _histogram_kernel[(blocks,)](
         keys, keys if named is None else named.contiguous(), counts, lost, order, size, kept, -(-kept // blocks), bins,
-        PADDED=padded, NAMED=named is not None, BLOCK=SUB * steps, BINS=tile,
+        PADDED=padded, NAMED=named is not None, BLOCK=SUB * steps, BINS=tile, num_warps=2,
     )  # fmt: skip
-    _scan_kernel[(-(-bins // 8),)](
-        counts, totals, lost, totals if dropped is None else dropped, blocks, bins, NAMED=named is not None, ROWS=512, TILE=8
+    _scan_kernel[(-(-bins // 4),)](
+        counts, totals, lost, totals if dropped is None else dropped, blocks, bins, NAMED=named is not None, ROWS=1024, TILE=4
     )
+    few, starts = tile <= FEW or most is not None, totals
+    if not few:
+        starts = _empty(keys, bins)
+        _start_kernel[(1,)](totals, starts, offsets, bins, align, BINS=BINS)
     _place_kernel[(blocks,)](
-        keys, counts, totals, order, position, offsets, size, kept, bins, most or 1, align,
-        BOUNDED=most is not None, SUB=SUB, STEPS=steps, BINS=tile,
+        keys, counts, totals, starts, order, position, offsets, size, kept, steps, bins, most or 1, align,
+        BOUNDED=most is not None, FEW=few, SUB=SUB, BINS=min(tile, FEW), num_warps=1,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """(order, position, offsets, dropped): the sort of a plan in static mode on one rank, of the slots that fit, and how many do not.
 
-A slot fits if its place is in [0, bins), and its token is among the first ``most`` tokens that have such a slot. ``experts`` names the slots:
-those of -1 are not counted as dropped. The rest is as in `counting_sort.py`, with ``padded``.
+A slot fits if its place is in [0, bins), and its token is among the first ``most`` tokens that have such a slot. Slots whose expert is -1
+do not count as dropped. The rest is as in `counting_sort.py`, with ``padded``.
 Costs what `counting_sort` costs, and one read of experts [T, K]; on a GPU it is the same three launches, if ``most`` is at least T.
 No backward: integers only.
 """

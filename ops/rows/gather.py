@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.ops.base.library import UNROLLED, block_of, define, differentiable, jit, tl
+from moecomm.ops.base.library import UNROLLED, block_of, call, define, differentiable, jit, tl
 from moecomm.ops.rows.weighted_sum import weighted_sum
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element in bytes
@@ -75,7 +75,7 @@ def gather_triton(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
     if n and d:
         source, out = _bits(x), _bits(rows)
         width = out.shape[1]
-        block = block_of(width, 1024)
+        block = block_of(width, 8192 // out.itemsize)  # bfloat16 on an H100, in copies: 0.614 to 0.623; blocks of 1024 0.63
         height = max(1, 1024 // block)
         _spread_kernel[(-(-max(m, -(-n // k)) // height), -(-width // block))](
             source, order.contiguous(), position.contiguous(), out, m, n, width, *source.stride(),
@@ -111,7 +111,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     order, position = ctx.saved_tensors
-    return weighted_sum(grad, None, order, position), None, None
+    return call(weighted_sum, grad, None, order, position), None, None
 
 
 differentiable(gather, _save, _backward)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from moecomm.ops.base.library import UNROLLED, block_of, compute_dtype, define, differentiable, jit, tl
+from moecomm.ops.base.library import UNROLLED, block_of, call, compute_dtype, define, differentiable, jit, tl
 from moecomm.ops.rows.weighted_sum_backward import weighted_sum_backward
 
 SCHEMA = "weighted_sum(Tensor rows, Tensor? weights, Tensor order, Tensor position) -> Tensor"
@@ -69,7 +69,7 @@ def weighted_sum_triton(rows: Tensor, weights: Tensor | None, order: Tensor, pos
     (m, k), d = position.shape, rows.shape[1]
     y = rows.new_empty(m, d)
     if m and d:
-        block = block_of(d, 1024)
+        block = block_of(d, 4096 // rows.itemsize)  # bfloat16 on an H100, in copies: 0.583; blocks of 512 0.593
         height = max(1, 1024 // block)
         strides = (0, 0) if weights is None else weights.stride()
         _weighted_sum_kernel[(-(-m // height), -(-d // block))](
@@ -92,11 +92,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     order, position, *weighted = ctx.saved_tensors
     if weighted:
-        grad_rows, grad_weights = weighted_sum_backward(grad, weighted[0], weighted[1], order, position)
+        grad_rows, grad_weights = call(weighted_sum_backward, grad, weighted[0], weighted[1], order, position)
         return grad_rows, grad_weights, None, None
     from moecomm.ops.rows.gather import gather  # the mirror imports this file
 
-    return gather(grad, order, position), None, None, None
+    return call(gather, grad, order, position), None, None, None
 
 
 differentiable(weighted_sum, _save, _backward)
