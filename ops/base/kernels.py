@@ -41,8 +41,8 @@ def inlined(function: Callable[..., Any]) -> Any:
 class Kernel:
     """A kernel that finds what Triton compiled for its arguments by their dtypes, alignment and constants.
 
-    Triton's own search takes 15 us of host time more (Triton 3.6). What is compiled depends on fewer properties than those in the key, so a
-    key has one compiled kernel. AMD's backend looks at a tensor's size as well: there Triton searches.
+    A launch takes 22 us of host time with Triton's own search, and 6 without any (Triton 3.6). What Triton compiles depends on no property
+    that is not in the key. AMD's backend looks at a tensor's size as well: there Triton searches.
     """
 
     def __init__(self, kernel: Any) -> None:
