@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moecomm.errors import check_experts, check_slots, wrong_type, wrong_value
+from moecomm.ops.base.library import call
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
 from moecomm.ops.exchange.slices import take_slice
 from moecomm.ops.routing.counting_sort import MOST, counting_sort
@@ -92,7 +93,7 @@ def count_slots(experts: Tensor, num_experts: int) -> Slots:
     """
     keys = experts.long()
     keys = keys.where((keys >= 0) & (keys < num_experts), num_experts)
-    _, position, ends = counting_sort(keys, num_experts + 1, keys.numel())
+    _, position, ends = call(counting_sort, keys, num_experts + 1, keys.numel())
     ends = ends[:num_experts].long()
     counts = ends.diff(prepend=ends.new_zeros(1))
     return Slots(keys, position, ends - counts, counts)

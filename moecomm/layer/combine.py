@@ -14,6 +14,7 @@ from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
 from moecomm.layer.row_dtype import check_dtype, in_one_dtype
 from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked
+from moecomm.ops.base.library import call
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import combine_wire
 from moecomm.ops.exchange.sum_ranks import sum_gradient
@@ -120,12 +121,12 @@ def slot_weights(plan: Plan) -> Tensor:
 
 
 def _combine(rows: Tensor, weights: Tensor | None, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
+    flat = rows if rows.dim() == 2 else rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
-        y = combine_wire(flat, weights, *indices, plan.group, wire, backward_wire)
+        y = call(combine_wire, flat, weights, *indices, plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
-        y = weighted_sum(flat, weights, plan.row_order, plan.row_position)
+        y = call(weighted_sum, flat, weights, plan.row_order, plan.row_position)
     else:
-        y = ops.combine(flat, weights, *indices, plan.group)  # [T, D]
-    return y.reshape(y.shape[0], *rows.shape[1:])
+        y = call(ops.combine, flat, weights, *indices, plan.group)  # [T, D]
+    return y if rows.dim() == 2 else y.reshape(y.shape[0], *rows.shape[1:])

@@ -14,6 +14,7 @@ from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
 from moecomm.layer.quantized import Quantized
 from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, listed
+from moecomm.ops.base.library import call
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import dispatch_quantized as dispatch_quantized_op
 from moecomm.ops.exchange.dispatch_combine_wire import dispatch_wire
@@ -164,19 +165,19 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
 
     x = checked("dispatch_quantized", plan, {"x": x}, {"wire": wire, "backward_wire": backward_wire}, shard)
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
-    return Quantized(*dispatch_quantized_op(x, *indices, plan.group, wire, backward_wire))
+    return Quantized(*call(dispatch_quantized_op, x, *indices, plan.group, wire, backward_wire))
 
 
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
     if x.is_complex():  # as real and imaginary parts: the backward adds up real numbers
         parts = torch.view_as_real(x.resolve_conj())  # [T, ..., 2]
         return torch.view_as_complex(_dispatch(parts, plan, wire, backward_wire))
-    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
+    flat = x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
-        rows = dispatch_wire(flat, *indices, plan.group, wire, backward_wire)
+        rows = call(dispatch_wire, flat, *indices, plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
-        rows = gather(flat, plan.row_order, plan.row_position)
+        rows = call(gather, flat, plan.row_order, plan.row_position)
     else:
-        rows = ops.dispatch(flat, *indices, plan.group)  # [N, D]
-    return rows.reshape(rows.shape[0], *x.shape[1:])
+        rows = call(ops.dispatch, flat, *indices, plan.group)  # [N, D]
+    return rows if x.dim() == 2 else rows.reshape(rows.shape[0], *x.shape[1:])

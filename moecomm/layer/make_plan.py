@@ -14,6 +14,7 @@ from moecomm.inspect.profile import profiled
 from moecomm.layer.placement import Placement
 from moecomm.layer.plan import Plan
 from moecomm.layer.plan_call import Routing, make_routing
+from moecomm.ops.base.library import call
 from moecomm.ops.base.signature import traced
 from moecomm.ops.exchange.slots import exchange_slots
 from moecomm.ops.routing.count_pairs import count, rank_keys
@@ -21,6 +22,7 @@ from moecomm.ops.routing.counting_sort import bounded_sort, counting_sort
 from moecomm.ops.routing.drop_overflow import fit
 from moecomm.ops.routing.read_sizes import checked, plan_sizes
 from moecomm.ops.routing.slots_with_counts import few_slots
+from moecomm.ops.routing.sort_alone import sort_alone
 from moecomm.parallel.agree import exchange_messages, tell_refusal, ticket
 from moecomm.parallel.dtensor import make_layout, to_local
 from moecomm.parallel.group import GroupLike, resolve_group
@@ -150,14 +152,14 @@ def plan(
 def _dynamic_plan(routing: Routing) -> Plan:
     """A plan whose sizes follow the routing: the host reads them from the device once."""
     experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
-    keys, sent = count(experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
+    keys, sent = call(count, experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
     if group.size == 1:
-        _, _, n, _, _ = plan_sizes(sent, sent)
+        _, _, n, _, _ = call(plan_sizes, sent, sent)
         return _sorted(routing, places, weights, None, None, None, n, False)
-    messages = exchange_messages(sent, group, COUNTS, few_slots(places, weights, keys, local, group.size))
-    s, r, n, splits, few = plan_sizes(sent, messages)
-    order, position, _ = counting_sort(keys, group.size, s)  # [S], [T, K]
-    there, ids = exchange_slots(weights, places, keys, order, position, local, messages, few, splits, r, group.name)  # [R, K] each
+    messages = exchange_messages(sent, group, COUNTS, call(few_slots, places, weights, keys, local, group.size))
+    s, r, n, splits, few = call(plan_sizes, sent, messages)
+    order, position, _ = call(counting_sort, keys, group.size, s)  # [S], [T, K]
+    there, ids = call(exchange_slots, weights, places, keys, order, position, local, messages, few, splits, r, group.name)  # [R, K] each
     return _sorted(routing, ids, there, order, position, splits, n, False)
 
 
@@ -166,19 +168,24 @@ def _static_plan(routing: Routing, max_rows: int) -> Plan:
 
     Slots without room are dropped. Unused places are padding.
     """
-    experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
-    if check:
-        keys, sent = count(experts, num_experts, group.size, signed, placed, weights)
-        keys = checked(exchange_messages(sent, group, COUNTS), keys)
-    else:
-        keys = rank_keys(experts, num_experts, group.size, placed)  # [T, K]
+    experts, weights, num_experts, places, placed, local, signed, check, align, group = routing
     pairs = group.size * max_rows  # S = R
-    order, position = bounded_sort(keys, group.size, max_rows)  # [S], [T, K]
-    fits, dropped = fit(experts, places, position, local)  # [T, K]
     n = pairs * min(experts.shape[1], local)
+    if group.size == 1 and not check:
+        n += local * (align - 1)
+        order, position, offsets, dropped = call(sort_alone, experts, places, local, max_rows, n, align)
+        indices = offsets, weights, order, position, None, None, None
+        return Plan(*indices, experts.shape[0], num_experts, group.name, dropped=dropped)
+    if check:
+        keys, sent = call(count, experts, num_experts, group.size, signed, placed, weights)
+        keys = call(checked, exchange_messages(sent, group, COUNTS), keys)
+    else:
+        keys = call(rank_keys, experts, num_experts, group.size, placed)  # [T, K]
+    order, position = call(bounded_sort, keys, group.size, max_rows)  # [S], [T, K]
+    fits, dropped = call(fit, experts, places, position, local)  # [T, K]
     if group.size == 1:
         return _sorted(routing, fits, weights, None, None, None, n, True)._replace(dropped=dropped)
-    there, ids = exchange_slots(weights, fits, keys, order, position, local, None, None, None, pairs, group.name)  # [R, K] each
+    there, ids = call(exchange_slots, weights, fits, keys, order, position, local, None, None, None, pairs, group.name)  # [R, K] each
     return _sorted(routing, ids, there, order, position, None, n, True)._replace(dropped=dropped)
 
 
@@ -196,7 +203,7 @@ def _sorted(
     local, align = routing.local, routing.align
     if align > 1:  # each expert's end is rounded up to a multiple of align
         n, padded = n + local * (align - 1), True
-    order, position, offsets = counting_sort(ids, local, n, padded, align)
+    order, position, offsets = call(counting_sort, ids, local, n, padded, align)
     if padded and not traced() and torch.is_anomaly_enabled():
         offsets[-1:].fill_(n)  # the padding counts to the last expert: grouped_mm leaves rows outside offsets uninitialized
     indices = offsets, weights, order, position, send_order, send_position, splits

@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moecomm.errors import check_experts, check_floating, check_slots, check_tensor, differ, wrong_type, wrong_value
 from moecomm.layer.placement import Placement, as_tensor
+from moecomm.ops.base.library import call
 from moecomm.ops.base.signature import signature
 from moecomm.ops.routing.counting_sort import MOST
 from moecomm.ops.routing.place_slots import place, placement_table
@@ -49,8 +50,10 @@ def make_routing(
     if placement is not None:
         where = as_tensor(placement, group.size)  # [P, L]
         local = where.shape[1]
-        table, checksum = placement_table(where, num_experts, experts.device)
-        places, placed = place(experts, table, num_experts, group.size, group.name)  # [T, K] each: the place among P * L, and the rank
+        table, checksum = call(placement_table, where, num_experts, experts.device)
+        places, placed = call(
+            place, experts, table, num_experts, group.size, group.name
+        )  # [T, K] each: the place among P * L, and the rank
     _check_numbers(experts, local, max_rows, align, group.size)
     signed = signature(experts, weights, num_experts, like, checksum, max_rows, check)
     return Routing(experts, weights, num_experts, places, placed, local, signed, check, align, group)

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
 from moecomm.layer.scores import Score, check_score, log_sigmoid, sigmoid, softmax
+from moecomm.ops.base.library import call
 from moecomm.ops.routing.choose_experts import choose
 from moecomm.parallel.dtensor import check_whole, placed, to_local
 
@@ -101,7 +102,7 @@ def route(
             if num_groups > 1:
                 eligible = _eligible(scores, num_groups, top_groups, group_score)  # [T, G]
                 ranked = ranked.unflatten(1, (num_groups, -1)).masked_fill(~eligible.unsqueeze(2), -torch.inf).flatten(1)
-        experts = choose(ranked, k)  # [T, K]
+        experts = call(choose, ranked, k)  # [T, K]
         dropped = experts < 0
         index = experts.clamp(min=0)
     if normalize:
@@ -125,7 +126,7 @@ def _eligible(scores: Tensor, num_groups: int, top_groups: int, group_score: str
     best = scores.unflatten(1, (num_groups, size)).topk(1 if group_score == "max" else min(2, size)).values  # [T, G, 1 or 2]
     masked = best == -torch.inf
     total = best.masked_fill(masked, 0).sum(2).masked_fill(masked[:, :, 0], -torch.inf)  # [T, G]
-    groups = choose(total, top_groups)  # [T, top_groups]
+    groups = call(choose, total, top_groups)  # [T, top_groups]
     return (groups.unsqueeze(2) == torch.arange(num_groups, device=scores.device)).any(1)
 
 

@@ -9,6 +9,7 @@ from moecomm.inspect.profile import profiled
 from moecomm.layer.combine import slot_weights
 from moecomm.layer.plan import Plan
 from moecomm.layer.token_calls import check_plan
+from moecomm.ops.base.library import call
 from moecomm.ops.rows.gather import gather
 
 
@@ -51,4 +52,4 @@ def row_weights(plan: Plan) -> Tensor:
     check_plan(plan)
     check_reverse_mode("row_weights", [plan.weights])
     slots = slot_weights(plan).reshape(-1, 1)  # [R * K, 1]
-    return gather(slots, plan.row_order, plan.row_position.reshape(-1, 1)).squeeze(1)
+    return call(gather, slots, plan.row_order, plan.row_position.reshape(-1, 1)).squeeze(1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecomm.ops.base.library import call
 from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange
 from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.slices import define_function
@@ -30,12 +31,12 @@ class _Dispatch(torch.autograd.Function):
         *indices, ctx.group = rest
         ctx.save_for_backward(*indices)
         send_order, send_position, row_order, row_position, splits = indices
-        received = dispatch_exchange(x, send_order, send_position.shape[1], splits, row_position.shape[0], ctx.group)
-        return gather(wait(received), row_order, row_position)  # T -> S -> R -> N
+        received = call(dispatch_exchange, x, send_order, send_position.shape[1], splits, row_position.shape[0], ctx.group)
+        return call(gather, wait(received), row_order, row_position)  # T -> S -> R -> N
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return torch.ops.moecomm.combine(grad, None, *ctx.saved_tensors, ctx.group), *(None,) * 6
+        return call(combine, grad, None, *ctx.saved_tensors, ctx.group), *(None,) * 6
 
 
 class _Combine(torch.autograd.Function):
@@ -44,16 +45,16 @@ class _Combine(torch.autograd.Function):
         *indices, ctx.group = rest
         ctx.save_for_backward(*indices, *(() if weights is None else (rows, weights)))
         send_order, send_position, row_order, row_position, splits = indices
-        sums = combine_exchange(rows, weights, row_order, row_position, splits, send_order.shape[0], ctx.group)
-        return weighted_sum(wait(sums), None, send_order, send_position)  # N -> R -> S -> T
+        sums = call(combine_exchange, rows, weights, row_order, row_position, splits, send_order.shape[0], ctx.group)
+        return call(weighted_sum, wait(sums), None, send_order, send_position)  # N -> R -> S -> T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         send_order, send_position, row_order, row_position, splits, *weighted = ctx.saved_tensors
         if not weighted:
-            return torch.ops.moecomm.dispatch(grad, *ctx.saved_tensors, ctx.group), *(None,) * 7
-        pairs = there(grad, send_order, send_position, splits, row_position.shape[0], ctx.group, None, None)  # [R, D]
-        return *weighted_sum_backward(pairs, *weighted, row_order, row_position), *(None,) * 6
+            return call(dispatch, grad, *ctx.saved_tensors, ctx.group), *(None,) * 7
+        pairs = call(there, grad, send_order, send_position, splits, row_position.shape[0], ctx.group, None, None)  # [R, D]
+        return *call(weighted_sum_backward, pairs, *weighted, row_order, row_position), *(None,) * 6
 
 
 dispatch = define_function(DISPATCH, _Dispatch)

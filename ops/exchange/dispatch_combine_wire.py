@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecomm.ops.base.library import call
 from moecomm.ops.exchange.dispatch_combine import combine
 from moecomm.ops.exchange.slices import define_function
 from moecomm.ops.exchange.there_and_home import arrived, home, there
@@ -35,8 +36,8 @@ def _sum_home(rows: Tensor, weights: Tensor | None, indices: tuple[Any, ...], gr
     """The sum of each token over its rows: N -> R -> S -> T."""
     send_order, _, row_order, row_position, _ = indices
     if send_order is not None and wire is None:  # the sums are computed in the send buffer
-        return combine(rows, weights, *indices, group)
-    return home(weighted_sum(rows, weights, row_order, row_position), *_pairs(indices, group), wire, back)
+        return call(combine, rows, weights, *indices, group)
+    return call(home, call(weighted_sum, rows, weights, row_order, row_position), *_pairs(indices, group), wire, back)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -47,7 +48,9 @@ class _Dispatch(torch.autograd.Function):
         ctx.rest = group, backward_wire, wire
         _, _, order, position, _ = indices
         pairs = arrived(x, _pairs(tuple(indices), group), wire)
-        return gather(pairs, order, position) if wire is None else dequantize(pairs, order, position.shape[1], x.shape[1], x.dtype, wire)
+        if wire is None:
+            return call(gather, pairs, order, position)
+        return call(dequantize, pairs, order, position.shape[1], x.shape[1], x.dtype, wire)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -83,10 +86,10 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         indices, weighted = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         if not weighted:
-            return torch.ops.moecomm.dispatch_wire(grad, *indices, *ctx.rest), *(None,) * 9
+            return call(dispatch_wire, grad, *indices, *ctx.rest), *(None,) * 9
         group, *wires = ctx.rest
-        pairs = there(grad, *_pairs(indices, group), *wires)  # [R, D]
-        return *weighted_sum_backward(pairs, *weighted, *indices[2:4]), *(None,) * 8
+        pairs = call(there, grad, *_pairs(indices, group), *wires)  # [R, D]
+        return *call(weighted_sum_backward, pairs, *weighted, *indices[2:4]), *(None,) * 8
 
 
 dispatch_wire = define_function(f"dispatch_wire(Tensor x, {INDICES}, {WIRES}) -> Tensor", _Dispatch)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecomm.ops.base.library import call
 from moecomm.ops.exchange.all_to_all import start
 from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.slices import define_function
@@ -73,14 +74,14 @@ class _ExchangeSlots(torch.autograd.Function):
         _, _, splits, _, group = rest
         ctx.save_for_backward(order, position, splits)
         ctx.group = group
-        message = wait(slots_exchange(experts, weights, keys, order, local, *rest))
-        ids, there = unpack_slots(message, experts.shape[1], local, weights.dtype)
+        message = wait(call(slots_exchange, experts, weights, keys, order, local, *rest))
+        ids, there = call(unpack_slots, message, experts.shape[1], local, weights.dtype)
         ctx.mark_non_differentiable(ids)
         return there, ids
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        return home(grad, *ctx.saved_tensors, grad.shape[0], ctx.group, None, None), *(None,) * 10
+        return call(home, grad, *ctx.saved_tensors, grad.shape[0], ctx.group, None, None), *(None,) * 10
 
 
 exchange_slots = define_function(SLOTS, _ExchangeSlots)

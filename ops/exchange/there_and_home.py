@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecomm.ops.base.library import call
 from moecomm.ops.exchange.all_to_all import dispatch_exchange, return_exchange
 from moecomm.ops.exchange.all_to_all_wire import wire_exchange
 from moecomm.ops.exchange.collectives import wait
@@ -29,9 +30,9 @@ def arrived(x: Tensor, pairs: tuple[Any, ...], wire: str | None) -> Tensor:
     """The token of each pair, as it arrives, T -> S -> R: [R, D], or its quantized bytes if there is a wire."""
     order, position, splits, received, group = pairs
     if order is None:
-        return x.clone() if wire is None else quantize(x, None, 1, wire)
+        return x.clone() if wire is None else call(quantize, x, None, 1, wire)
     if wire is None:
-        return wait(dispatch_exchange(x, order, position.shape[1], splits, received, group))
+        return wait(call(dispatch_exchange, x, order, position.shape[1], splits, received, group))
     return wait(wire_exchange(x, order, position.shape[1], wire, 0, splits, received, group))
 
 
@@ -42,11 +43,11 @@ class _There(torch.autograd.Function):
         ctx.save_for_backward(*indices)
         ctx.rest = received, group, backward_wire, wire
         pairs = arrived(x, (*indices, received, group), wire)
-        return pairs if wire is None else dequantize(pairs, None, 1, x.shape[1], x.dtype, wire)  # [R, D]
+        return pairs if wire is None else call(dequantize, pairs, None, 1, x.shape[1], x.dtype, wire)  # [R, D]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return torch.ops.moecomm.pairs_home(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+        return call(home, grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
 
 
 class _Home(torch.autograd.Function):
@@ -57,18 +58,18 @@ class _Home(torch.autograd.Function):
         ctx.rest = received, group, backward_wire, wire
         order, position, splits = indices
         if order is None:
-            home = pairs.clone() if wire is None else quantize(pairs, None, 1, wire)
+            home = pairs.clone() if wire is None else call(quantize, pairs, None, 1, wire)
         elif wire is None:
-            home = wait(return_exchange(pairs, splits, order.shape[0], group))
+            home = wait(call(return_exchange, pairs, splits, order.shape[0], group))
         else:
             home = wait(wire_exchange(pairs, None, 1, wire, 1, splits, order.shape[0], group))
         if wire is not None:
-            home = dequantize(home, None, 1, pairs.shape[1], pairs.dtype, wire)  # [S, D]
-        return home if order is None else weighted_sum(home, None, order, position)  # [T, D]
+            home = call(dequantize, home, None, 1, pairs.shape[1], pairs.dtype, wire)  # [S, D]
+        return home if order is None else call(weighted_sum, home, None, order, position)  # [T, D]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return torch.ops.moecomm.pairs_there(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+        return call(there, grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
 
 
 there = define_function(f"pairs_there(Tensor x, {PAIRS}) -> Tensor", _There)

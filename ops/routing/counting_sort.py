@@ -1,6 +1,8 @@
 """order[i] = the i-th flat index in the stable order of keys, without keys of -1; position[order[i]] = i; offsets[b] = end of key b.
 
-Costs two reads of the M keys and one write of order [size] and position [M], all int32; on a GPU this is multiplied by bins / 32.
+Costs two reads of the M keys and one write of order [size] and position [M], all int32. On a GPU also four accesses of the histograms of
+blocks of keys, at most 16 * M int32 for up to 2^14 bins. There are three launches: each block's histogram, the sums over the blocks, the
+places; with more than 256 bins a fourth.
 
 - ``size`` is the number of keys other than -1. With ``padded`` there may be fewer such keys; the rest of order is -1.
 - With ``align`` each key begins and ends at a multiple of it. The gaps in order are -1 as well, so ``padded`` must be set.
@@ -17,12 +19,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moecomm.errors import wrong_value
-from moecomm.ops.base.library import block_of, define, jit, tl
+from moecomm.ops.base.library import block_of, define, inlined, jit, tl
 
 SORT = "counting_sort(Tensor keys, int bins, SymInt size, bool padded=False, int align=1) -> (Tensor, Tensor, Tensor)"
 BOUNDED = "bounded_sort(Tensor keys, int bins, SymInt most) -> (Tensor, Tensor)"
-BLOCK = 256  # keys per program of a kernel
-MOST = 2**31 - BLOCK  # the most keys that int32 indices can number, with room for those past the end in a kernel's last block
+MOST = 2**31 - 256  # the most keys that int32 indices can number
+SUB = 64  # the keys that a program of a kernel compares with one another at a time
+BINS = 1024  # the bins that a program of a kernel has in its registers at a time
+FEW = 256  # as many bins one warp adds up beside its other work
 
 
 def sort_fake(keys: Tensor, bins: int, size: int, padded: bool = False, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +34,7 @@ def sort_fake(keys: Tensor, bins: int, size: int, padded: bool = False, align: i
 
 
 def sort_cpu(keys: Tensor, bins: int, size: int, padded: bool = False, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    _check_rows(size, align)
+    check_rows(size, align)
     flat = keys.flatten().numpy()
     slots = np.flatnonzero(flat >= 0)
     # numpy's stable sort of 16-bit integers is a radix sort: 8,192 keys below 64 take 0.03 ms, torch 2.13 takes 0.12 ms (one EPYC core).
@@ -69,85 +73,155 @@ def bounded_cpu(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
     return order, position
 
 
-@jit(varies=("size",))
-def _histogram_kernel(keys, counts, size, bins, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    block = tl.program_id(0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.where(i < size, tl.load(keys + i, mask=i < size, other=0).to(tl.int32), -1)
-    for start in range(0, bins, BINS):
-        b = start + tl.arange(0, BINS)
-        here = tl.sum((key[:, None] == b[None, :]).to(tl.int32), axis=0)  # [BINS]
-        tl.store(counts + block.to(tl.int64) * bins + b, here, mask=b < bins)
+@inlined
+def _keys_of(keys, i, size, bins):
+    """The keys i as int32, -1 for those outside [0, bins) or past the end."""
+    wide = tl.load(keys + i, mask=i < size, other=0).to(tl.int64)
+    return tl.where((i < size) & (wide >= 0) & (wide < bins), wide, -1).to(tl.int32)
 
 
-@jit(varies=("size", "kept", "blocks"))
-def _place_kernel(
-    keys, counts, order, position, offsets, size, kept, blocks, bins, most, align,
-    BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
+@jit(varies=("size", "kept", "share"))
+def _histogram_kernel(
+    keys, named, counts, lost, order, size, kept, share, bins,
+    PADDED: tl.constexpr, NAMED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Each program sums the histograms of all blocks itself. This saves a launch that would scan them."""
-    block = tl.program_id(0)
+    """counts[block, b], and -1 in the block's share of order; with NAMED also the keys that are lost, as `sort_alone.py` has it."""
+    block = tl.program_id(0).to(tl.int64)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.where(i < size, tl.load(keys + i, mask=i < size, other=0).to(tl.int32), -1)
-    place = tl.full([BLOCK], -1, tl.int32)
-    end = tl.full([], 0, tl.int32)  # the end of the last key in the bins so far
+    key = _keys_of(keys, i, size, bins)
     for start in range(0, bins, BINS):
         b = start + tl.arange(0, BINS)
-        total, earlier = tl.zeros([BINS], tl.int32), tl.zeros([BINS], tl.int32)
-        for row in range(0, blocks, ROWS):
-            r = row + tl.arange(0, ROWS)
-            inside = (r < blocks)[:, None] & (b < bins)[None, :]
-            here = tl.load(counts + r.to(tl.int64)[:, None] * bins + b[None, :], mask=inside, other=0)  # [ROWS, BINS]
-            total += tl.sum(here, axis=0)
-            earlier += tl.sum(tl.where((r < block)[:, None], here, 0), axis=0)
+        inside = (key >= start) & (key < start + BINS)
+        here = tl.histogram(tl.where(inside, key - start, 0), BINS, mask=inside)
+        tl.store(counts + block * bins + b, here, mask=b < bins)
+    if NAMED:
+        name = tl.load(named + i, mask=i < size, other=-1).to(tl.int64)
+        tl.store(lost + block, tl.sum(((i < size) & (name != -1) & (key < 0)).to(tl.int32), axis=0))
+    if PADDED:
+        for start in range(0, share, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(order + block * share + at, tl.full([BLOCK], -1, tl.int32), mask=(at < share) & (block * share + at < kept))
+
+
+@jit(varies=("blocks",))
+def _scan_kernel(counts, totals, lost, dropped, blocks, bins, NAMED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """counts[block, b] = the keys b in earlier blocks, and totals[b] = those in all blocks, for TILE bins a program."""
+    b = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    so_far, gone = tl.zeros([TILE], tl.int32), tl.zeros([ROWS], tl.int32)
+    for start in range(0, blocks, ROWS):
+        r = start + tl.arange(0, ROWS)
+        at, inside = counts + r.to(tl.int64)[:, None] * bins + b[None, :], (r < blocks)[:, None] & (b < bins)[None, :]
+        here = tl.load(at, mask=inside, other=0)
+        tl.store(at, so_far[None, :] + tl.cumsum(here, axis=0) - here, mask=inside)
+        so_far += tl.sum(here, axis=0)
+        if NAMED:
+            gone += tl.load(lost + r, mask=r < blocks, other=0)
+    tl.store(totals + b, so_far, mask=b < bins)
+    if NAMED:
+        tl.store(dropped, tl.sum(gone, axis=0), mask=tl.program_id(0) == 0)
+
+
+@jit
+def _start_kernel(totals, starts, offsets, bins, align, BINS: tl.constexpr):
+    """starts[b] and offsets[b]: where the keys b begin and end, in one program."""
+    end = tl.full([], 0, tl.int32)
+    for start in range(0, bins, BINS):
+        b = start + tl.arange(0, BINS)
+        room = (tl.load(totals + b, mask=b < bins, other=0) + align - 1) // align * align
+        ends = end + tl.cumsum(room, axis=0)
+        tl.store(starts + b, ends - room, mask=b < bins)
+        tl.store(offsets + b, ends, mask=b < bins)
+        end += tl.sum(room, axis=0)
+
+
+@jit(varies=("size", "kept"))
+def _place_kernel(
+    keys, counts, totals, starts, order, position, offsets, size, kept, steps, bins, most, align,
+    BOUNDED: tl.constexpr, FEW: tl.constexpr, SUB: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """A key's place: where its bin begins, and the equal keys in earlier blocks and earlier in its own, which are counted by comparing.
+
+    Each program adds up the bins' sizes itself if they are FEW. Else starts[b] has where they begin.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    for step in range(steps):
+        i = (block * steps + step) * SUB + tl.arange(0, SUB)
+        key = _keys_of(keys, i, size, bins)
+        place = tl.load(counts + block * bins + key, mask=key >= 0, other=0)
         if BOUNDED:
-            first = b * most
-        else:
-            aligned = (total + align - 1) // align * align
-            ends = end + tl.cumsum(aligned, axis=0)
-            first = ends - aligned
-            end += tl.sum(aligned, axis=0)
-            if block == 0:
+            place += key * most
+        elif FEW:
+            b = tl.arange(0, BINS)
+            room = (tl.load(totals + b, mask=b < bins, other=0) + align - 1) // align * align
+            ends = tl.cumsum(room, axis=0)
+            place += tl.gather(ends - room, tl.maximum(key, 0), 0)
+            if (block == 0) & (step == 0):
                 tl.store(offsets + b, ends, mask=b < bins)
-        mine = (key[:, None] == b[None, :]).to(tl.int32)  # [BLOCK, BINS]
-        before = tl.cumsum(mine, axis=0) - mine  # the number of equal keys earlier in this block
-        place += tl.sum(mine * ((first + earlier)[None, :] + before + 1), axis=1)
-    if BOUNDED:
-        place = tl.where(place < (key + 1) * most, place, -1)
-    tl.store(position + i, place, mask=i < size)
-    tl.store(order + place, i, mask=(place >= 0) & (place < kept))
+        else:
+            place += tl.load(starts + key, mask=key >= 0, other=0)
+        own = tl.arange(0, SUB)
+        for other in range(step + 1):
+            j = (block * steps + other) * SUB + own
+            earlier = (own + other * SUB)[None, :] < (own + step * SUB)[:, None]
+            place += tl.sum((earlier & (_keys_of(keys, j, size, bins)[None, :] == key[:, None])).to(tl.int32), axis=1)
+        inside = key >= 0
+        if BOUNDED:
+            inside = inside & (place < (key + 1) * most)
+        tl.store(position + i, tl.where(inside, place, -1), mask=i < size)
+        tl.store(order + place, i.to(tl.int32), mask=inside & (place < kept))
 
 
 def sort_triton(keys: Tensor, bins: int, size: int, padded: bool = False, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    _check_rows(size, align)
+    check_rows(size, align)
     order, position, offsets = sort_fake(keys, bins, size)
-    if padded:
-        order.fill_(-1)
-    _launch(keys, order, position, offsets, bins, None, align)
+    launch(keys, order, position, offsets, bins, padded=padded, align=align)
     return order, position, offsets
 
 
 def bounded_triton(keys: Tensor, bins: int, most: int) -> tuple[Tensor, Tensor]:
     order, position = bounded_fake(keys, bins, most)
-    order.fill_(-1)
-    _launch(keys, order, position, order, bins, most, 1)
+    launch(keys, order, position, order, bins, padded=True, most=most)
     return order, position
 
 
-def _launch(keys: Tensor, order: Tensor, position: Tensor, offsets: Tensor, bins: int, most: int | None, align: int) -> None:
-    size, kept = keys.numel(), order.shape[0]
-    blocks, tile = -(-size // BLOCK), block_of(bins, 32)  # 256 keys times 32 bins: 64 registers in each of 128 threads
-    counts = torch.empty(blocks, bins, dtype=torch.int32, device=keys.device)
-    keys = keys.contiguous()
-    if blocks:
-        _histogram_kernel[(blocks,)](keys, counts, size, bins, BLOCK=BLOCK, BINS=tile)
-    _place_kernel[(max(1, blocks),)](
-        keys, counts, order, position, offsets, size, kept, blocks, bins, most or 0, align,
-        BOUNDED=most is not None, BLOCK=BLOCK, BINS=tile, ROWS=64,
+def launch(
+    keys: Tensor,
+    order: Tensor,
+    position: Tensor,
+    offsets: Tensor,
+    bins: int,
+    *,
+    padded: bool,
+    most: int | None = None,
+    align: int = 1,
+    named: Tensor | None = None,
+    dropped: Tensor | None = None,
+) -> None:
+    """Sort ``keys`` into order, position and offsets; with ``named``, count into ``dropped`` the keys outside [0, bins) that it names."""
+    size, kept, keys = keys.numel(), order.shape[0], keys.contiguous()
+    tile = max(64, block_of(bins, BINS))  # a warp of an AMD GPU has 64 threads, and tl.histogram at least a bin for each
+    steps = max(1, block_of(bins, 2**14) >> 10)  # longer blocks have fewer histograms, and compare more keys with one another
+    blocks = max(1, -(-size // (SUB * steps)))
+    counts, totals = torch.empty((blocks, bins), dtype=torch.int32, device=keys.device), _empty(keys, bins)
+    lost = totals if named is None else _empty(keys, blocks)
+    _histogram_kernel[(blocks,)](
+        keys, keys if named is None else named.contiguous(), counts, lost, order, size, kept, -(-kept // blocks), bins,
+        PADDED=padded, NAMED=named is not None, BLOCK=SUB * steps, BINS=tile, num_warps=2,
+    )  # fmt: skip
+    _scan_kernel[(-(-bins // 4),)](
+        counts, totals, lost, totals if dropped is None else dropped, blocks, bins, NAMED=named is not None, ROWS=1024, TILE=4
+    )
+    few, starts = tile <= FEW or most is not None, totals
+    if not few:
+        starts = _empty(keys, bins)
+        _start_kernel[(1,)](totals, starts, offsets, bins, align, BINS=BINS)
+    _place_kernel[(blocks,)](
+        keys, counts, totals, starts, order, position, offsets, size, kept, steps, bins, most or 0, align,
+        BOUNDED=most is not None, FEW=few, SUB=SUB, BINS=min(tile, FEW), num_warps=1,
     )  # fmt: skip
 
 
-def _check_rows(size: int, align: int) -> None:
+def check_rows(size: int, align: int) -> None:
     """Raise if int32 indices cannot number the rows. Only here a plan knows its rows with the padding of ``align``."""
     if size > MOST:
         wrong_value("align", align, f"less: with padding there are {size} rows, and int32 indices number at most {MOST}")

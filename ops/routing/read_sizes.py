@@ -44,8 +44,12 @@ def _splits_and_few(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor, Tensor]:
-    both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: the layer's host sync
-    out, messages = [row[0] for row in both], [row[1:] for row in both]
+    if received is sent:  # in a group of one
+        messages = read_list(sent)  # [1, message]: the layer's host sync
+        out = [message[PAIRS] for message in messages]
+    else:
+        both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: likewise
+        out, messages = [row[0] for row in both], [row[1:] for row in both]
     check_routing(messages, MOST)
     pairs = [out, [message[PAIRS] for message in messages]]
     few = all(message[WIDTH:] == [1] for message in messages)  # a group of one sends no slots

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moecomm.ops.base.library import define, differentiable, jit, tl
+from moecomm.ops.base.library import define, differentiable, inlined, jit, tl
 from moecomm.ops.rows.gather import gather_rows_cpu, gather_rows_triton
 from moecomm.ops.rows.quantize import STEP, tile
 from moecomm.ops.rows.wire_formats import WIRES, blocks
@@ -79,7 +79,7 @@ def _dequantize_kernel(
     tl.store(rows + row.to(tl.int64)[:, None, None] * d + col[None, :, :], values.to(rows.dtype.element_ty), mask=inside)
 
 
-@jit
+@inlined
 def _from_e4m3(byte):
     """The value of an E4M3 number from its bits. It uses integers, because not every GPU has this format."""
     size = byte.to(tl.int32) & 0x7F

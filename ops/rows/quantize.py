@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moecomm.ops.base.library import block_of, define, jit, tl
+from moecomm.ops.base.library import block_of, define, inlined, jit, tl
 from moecomm.ops.rows.gather import gather_rows_cpu
 from moecomm.ops.rows.wire_formats import LARGEST, LEAST, WIRES, blocks, width
 
@@ -89,7 +89,7 @@ def _quantize_kernel(
     tl.store(start + behind[None, :, :], parts, mask=(row < s)[:, None, None] & (group < count)[None, :, None])
 
 
-@jit
+@inlined
 def _e4m3(values, finite):
     """The bits of the nearest E4M3 number, ties to even, for magnitudes up to 448.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecomm.ops.base.library import compute_dtype, define, jit, tl
+from moecomm.ops.base.library import compute_dtype, define, inlined, jit, tl
 
 # Not parts.sum(0): from 5 ranks on its order depends on n, so a sum would depend on the tensors that were sent with it.
 SCHEMA = "rank_sum(Tensor parts, int divisor, bool before) -> Tensor"
@@ -28,7 +28,7 @@ def rank_sum_cpu(parts: Tensor, divisor: int, before: bool) -> Tensor:
     return (total if before else total.div_(divisor)).to(parts.dtype)
 
 
-@jit
+@inlined
 def _divided(x, by, WIDE: tl.constexpr):
     return x / by if WIDE else tl.div_rn(x, by)  # a plain float32 division is approximate on NVIDIA
 

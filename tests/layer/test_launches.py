@@ -92,10 +92,10 @@ def test_what_a_layer_of_one_process_launches() -> None:
     assert_expected_inline(
         layer_here(5, None),
         """\
-plan, 5: count_kernel message_kernel plan_sizes histogram_kernel place_kernel
-dispatch, 1: gather_kernel
+plan, 6: count_kernel message_kernel plan_sizes histogram_kernel scan_kernel place_kernel
+dispatch, 1: spread_kernel
 combine, 1: weighted_sum_kernel
-backward, 3: zeros_like backward_kernel weighted_sum_kernel
+backward, 2: backward_kernel weighted_sum_kernel
 """,
     )
 
@@ -104,10 +104,10 @@ def test_what_a_layer_of_one_process_launches_in_static_mode() -> None:
     assert_expected_inline(
         layer_here(5, 5),
         """\
-plan, 9: count_kernel fill_ histogram_kernel place_kernel zero_ fit_kernel fill_ histogram_kernel place_kernel
-dispatch, 1: gather_kernel
+plan, 3: histogram_kernel scan_kernel place_kernel
+dispatch, 1: spread_kernel
 combine, 1: weighted_sum_kernel
-backward, 3: zeros_like backward_kernel weighted_sum_kernel
+backward, 2: backward_kernel weighted_sum_kernel
 """,
     )
 
@@ -118,12 +118,13 @@ def test_what_a_rank_launches() -> None:
     assert_expected_inline(
         of_ranks[0],
         """\
-plan, 17: count_kernel message_kernel zero_ fill_ histogram_kernel place_kernel pack_kernel copy_kernel cat
-    alltoall_base_ plan_sizes histogram_kernel place_kernel copy_kernel unpack_kernel histogram_kernel place_kernel
-dispatch, 3: gather_kernel alltoall_base_ gather_kernel
+plan, 19: count_kernel message_kernel zero_ histogram_kernel scan_kernel place_kernel pack_kernel copy_kernel cat
+    alltoall_base_ plan_sizes histogram_kernel scan_kernel place_kernel copy_kernel unpack_kernel histogram_kernel
+    scan_kernel place_kernel
+dispatch, 3: gather_kernel alltoall_base_ spread_kernel
 combine, 3: weighted_sum_kernel alltoall_base_ weighted_sum_kernel
-backward, 11: gather_kernel alltoall_base_ zeros_like backward_kernel weighted_sum_kernel alltoall_base_
-    weighted_sum_kernel zeros clone alltoall_base_ weighted_sum_kernel
+backward, 10: gather_kernel alltoall_base_ backward_kernel weighted_sum_kernel alltoall_base_ weighted_sum_kernel zeros
+    clone alltoall_base_ weighted_sum_kernel
 """,
     )
 
@@ -134,12 +135,12 @@ def test_what_a_rank_launches_in_static_mode() -> None:
     assert_expected_inline(
         of_ranks[0],
         """\
-plan, 12: count_kernel fill_ histogram_kernel place_kernel zero_ fit_kernel pack_kernel alltoall_base_ unpack_kernel
-    fill_ histogram_kernel place_kernel
-dispatch, 3: gather_kernel alltoall_base_ gather_kernel
+plan, 12: count_kernel histogram_kernel scan_kernel place_kernel zero_ fit_kernel pack_kernel alltoall_base_
+    unpack_kernel histogram_kernel scan_kernel place_kernel
+dispatch, 3: gather_kernel alltoall_base_ spread_kernel
 combine, 3: weighted_sum_kernel alltoall_base_ weighted_sum_kernel
-backward, 11: gather_kernel alltoall_base_ zeros_like backward_kernel weighted_sum_kernel alltoall_base_
-    weighted_sum_kernel zeros clone alltoall_base_ weighted_sum_kernel
+backward, 10: gather_kernel alltoall_base_ backward_kernel weighted_sum_kernel alltoall_base_ weighted_sum_kernel zeros
+    clone alltoall_base_ weighted_sum_kernel
 """,
     )
 

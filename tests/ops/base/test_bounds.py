@@ -13,6 +13,7 @@ import triton.language as tl
 
 import moecomm.functional as mf
 from moecomm.ops.routing.choose_experts import choose
+from moecomm.ops.routing.counting_sort import counting_sort
 from moecomm.ops.rows.wire_formats import WIRES
 from tests.ops.bounds import Kernels, OutOfBounds, within_bounds
 from tests.spawn import run_ranks
@@ -103,6 +104,7 @@ def checked_here() -> set[str]:
                 mf.combine(mf.dispatch(x, plan, wire=wire), plan, backward_wire=wire).sum().backward()
         mf.sum_ranks(x.detach(), None)
         choose(weights.detach(), 1)
+        counting_sort(experts, 300, experts.numel())
     return names
 
 

@@ -1,4 +1,4 @@
-"""Compiled graphs in torch's cache are those of the ops as they are, not of an earlier moecomm; ops run on their tensors' device."""
+"""How ops are called; that they run on their tensors' device; that graphs in torch's cache are those of the ops as they are."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._device import DeviceContext
+from torch.utils.flop_counter import FlopCounterMode
 
+from moecomm.ops.base import library
 from moecomm.ops.base.library import ROOMS, checksum, define
+from moecomm.ops.rows.gather import gather
 
 CHECKOUT = Path(__file__).parents[3]
 COMPILED = """
@@ -99,3 +104,55 @@ def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatc
     op(torch.empty(2))
     assert seen[3:] == [present] * 2
     assert current == [present]
+
+
+def test_a_call_passes_the_dispatcher_by_in_plain_eager_code_alone() -> None:
+    """A mode, a transform, a profiler, a tracer, a subclass, and a tensor that waits for its conjugation are the dispatcher's."""
+
+    def run(x: Tensor) -> Tensor:
+        through.append(not direct)
+        return x.clone()
+
+    op = define("test_called(Tensor x) -> Tensor", lambda x: torch.empty_like(x), run, run)
+    overload, through, direct = library._DIRECT[op], [], []
+    library._DIRECT[op] = overload._replace(cpu=lambda x: direct.append(1) or run(x))
+
+    class Mine(Tensor):
+        pass
+
+    x = torch.ones(2)
+    for plain in (x, torch.nn.Parameter(x), x[::2]):
+        library.call(op, plain)
+        assert direct.pop()
+    with torch.inference_mode():
+        library.call(op, torch.ones(2))
+        assert direct.pop()
+    through.clear()
+    library.call(op, x.as_subclass(Mine))
+    library.call(op, torch.ones(2, dtype=torch.complex64).conj())
+    with FlopCounterMode(display=False):
+        library.call(op, x)
+    with torch.autograd.profiler.profile():
+        library.call(op, x)
+    with DeviceContext("cpu"):
+        library.call(op, x)
+    graph = make_fx(lambda x: library.call(op, x))(x)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [op]
+    with FakeTensorMode() as fake:
+        library.call(op, fake.from_tensor(x))
+    assert not direct
+    assert through == [True] * 6
+
+
+def test_a_call_and_the_dispatcher_give_the_same_and_its_gradients() -> None:
+    order, position = torch.tensor([2, 0, -1, 3], dtype=torch.int32), torch.tensor([[1, -1], [0, 3]], dtype=torch.int32)
+    results = []
+    for run in (library.call, lambda op, *args: op(*args)):
+        x = torch.arange(6.0).view(2, 3).requires_grad_()
+        rows = run(gather, x, order, position)
+        (grad,) = torch.autograd.grad((rows**3).sum(), x, create_graph=True)
+        results.append((rows, grad, *torch.autograd.grad(grad.square().sum(), x)))
+        assert not run(gather, x.detach(), order, position).requires_grad
+        with torch.no_grad():
+            assert not run(gather, x, order, position).requires_grad
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
