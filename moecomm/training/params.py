@@ -110,7 +110,7 @@ def _gradient_dtype(param: Tensor) -> torch.dtype:
 
 def check_dense_gradient(param: Tensor) -> None:
     """Raise TypeError if a parameter's gradient is sparse, or of a dtype that is not added up."""
-    dtype = (param.grad_dtype or param.dtype) if param.grad is None else param.grad.dtype
+    dtype = _gradient_dtype(param) if param.grad is None else param.grad.dtype
     if dtype not in SUMMED and not dtype.is_complex:
         wrong_type("params", f"a tensor with a gradient of dtype {dtype}", f"tensors with gradients of dtype {LISTED}, or complex")
     if param.grad is not None and param.grad.layout != torch.strided:
