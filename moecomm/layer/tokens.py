@@ -247,7 +247,7 @@ def combine(rows: Tree, plan: Plan, *, wire: str | None = None, backward_wire: s
 
 
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
         rows = call(dispatch_wire, flat, *indices, plan.group, wire, backward_wire)
@@ -255,11 +255,11 @@ def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None
         rows = call(gather, flat, plan.row_order, plan.row_position)
     else:
         rows = call(ops.dispatch, flat, *indices, plan.group)  # [N, D]
-    return rows if x.dim() == 2 else rows.reshape(rows.shape[0], *x.shape[1:])
+    return rows.reshape(rows.shape[0], *x.shape[1:])
 
 
 def _combine(rows: Tensor, weights: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = rows if rows.dim() == 2 else rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
+    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
         y = call(combine_wire, flat, weights, *indices, plan.group, wire, backward_wire)
@@ -267,7 +267,7 @@ def _combine(rows: Tensor, weights: Tensor, plan: Plan, wire: str | None, backwa
         y = call(weighted_sum, flat, weights, plan.row_order, plan.row_position)
     else:
         y = call(ops.combine, flat, weights, *indices, plan.group)  # [T, D]
-    return y if rows.dim() == 2 else y.reshape(y.shape[0], *rows.shape[1:])
+    return y.reshape(y.shape[0], *rows.shape[1:])
 
 
 def _check_plan(plan: Plan) -> None:
