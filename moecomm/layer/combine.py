@@ -121,7 +121,7 @@ def slot_weights(plan: Plan) -> Tensor:
 
 
 def _combine(rows: Tensor, weights: Tensor | None, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = rows if rows.dim() == 2 else rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
+    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
         y = call(combine_wire, flat, weights, *indices, plan.group, wire, backward_wire)
@@ -129,4 +129,4 @@ def _combine(rows: Tensor, weights: Tensor | None, plan: Plan, wire: str | None,
         y = call(weighted_sum, flat, weights, plan.row_order, plan.row_position)
     else:
         y = call(ops.combine, flat, weights, *indices, plan.group)  # [T, D]
-    return y if rows.dim() == 2 else y.reshape(y.shape[0], *rows.shape[1:])
+    return y.reshape(y.shape[0], *rows.shape[1:])

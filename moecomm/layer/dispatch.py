@@ -172,7 +172,7 @@ def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None
     if x.is_complex():  # as real and imaginary parts: the backward adds up real numbers
         parts = torch.view_as_real(x.resolve_conj())  # [T, ..., 2]
         return torch.view_as_complex(_dispatch(parts, plan, wire, backward_wire))
-    flat = x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
         rows = call(dispatch_wire, flat, *indices, plan.group, wire, backward_wire)
@@ -180,4 +180,4 @@ def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None
         rows = call(gather, flat, plan.row_order, plan.row_position)
     else:
         rows = call(ops.dispatch, flat, *indices, plan.group)  # [N, D]
-    return rows if x.dim() == 2 else rows.reshape(rows.shape[0], *x.shape[1:])
+    return rows.reshape(rows.shape[0], *x.shape[1:])

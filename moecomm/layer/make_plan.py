@@ -174,6 +174,7 @@ def _static_plan(routing: Routing, max_rows: int) -> Plan:
     if group.size == 1 and not check:
         n += local * (align - 1)
         order, position, offsets, dropped = call(sort_alone, experts, places, local, max_rows, n, align)
+        _cover_padding(offsets, n)
         indices = offsets, weights, order, position, None, None, None
         return Plan(*indices, experts.shape[0], num_experts, group.name, dropped=dropped)
     if check:
@@ -204,7 +205,13 @@ def _sorted(
     if align > 1:  # each expert's end is rounded up to a multiple of align
         n, padded = n + local * (align - 1), True
     order, position, offsets = call(counting_sort, ids, local, n, padded, align)
-    if padded and not traced() and torch.is_anomaly_enabled():
-        offsets[-1:].fill_(n)  # the padding counts to the last expert: grouped_mm leaves rows outside offsets uninitialized
+    if padded:
+        _cover_padding(offsets, n)
     indices = offsets, weights, order, position, send_order, send_position, splits
     return Plan(*indices, routing.experts.shape[0], routing.num_experts, routing.group.name)
+
+
+def _cover_padding(offsets: Tensor, n: int) -> None:
+    """In torch's anomaly mode, count the padding to the last expert: grouped_mm leaves rows outside offsets uninitialized."""
+    if not traced() and torch.is_anomaly_enabled():
+        offsets[-1:].fill_(n)

@@ -95,7 +95,7 @@ def check_aligned_sort(case: tuple[Tensor, int], align: int, extra: int) -> None
     order: list[int] = []
     offsets = []
     for b in range(bins):
-        order += (keys.flatten() == b).nonzero().flatten().tolist()
+        order += (keys.flatten().long() == b).nonzero().flatten().tolist()
         order += [-1] * (-len(order) % align)
         offsets.append(len(order))
     padded, ends = (torch.tensor(each, dtype=torch.int32) for each in (order + [-1] * extra, offsets))
