@@ -30,7 +30,7 @@ from moecomm.ops.routing.slots_with_counts import few_triton, take_triton
 from moecomm.ops.routing.sort_alone import alone_triton
 from moecomm.ops.rows import dequantize, gather, quantize, weighted_sum, weighted_sum_backward
 from moecomm.ops.rows.dequantize import dequantize_triton
-from moecomm.ops.rows.gather import gather_triton
+from moecomm.ops.rows.gather import gather_rows_triton, gather_triton
 from moecomm.ops.rows.quantize import quantize_triton
 from moecomm.ops.rows.rank_sum import rank_sum_triton
 from moecomm.ops.rows.weighted_sum import weighted_sum_triton
@@ -108,6 +108,7 @@ def call_everything(most: int | None) -> None:
     take_triton(torch.zeros(2, LENGTH, dtype=torch.int64), tokens, 10)
     for dtype in GATHERED[:most]:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
+        gather_rows_triton(torch.zeros(tokens, d, dtype=dtype), order, k)
     for dtype in SUMMED[:most]:
         for before in (False, True):
             rank_sum_triton(torch.zeros(3, 7, dtype=dtype), 3, before)
@@ -142,6 +143,7 @@ def call_with_as_many_tokens(tokens: int) -> int:
     take_triton(torch.zeros(2, LENGTH, dtype=torch.int64), tokens, 10)
     choose_triton(torch.zeros(tokens, 6), 2)
     gather_triton(x, order, position)
+    gather_rows_triton(x, order, 2)
     weighted_sum_triton(rows, weights, order, position)
     backward_triton(x, rows, weights, order, position)
     dequantize_triton(quantize_triton(x, order, 2, "mxfp8"), order, 2, 7, x.dtype, "mxfp8")
