@@ -19,15 +19,18 @@ import torch.distributed as dist
 from tests.spawn import fork_server
 
 
-def run_script(script: Path, ranks: int, folder: Path, timeout: float = 200.0) -> str:
-    """What ``script`` prints on ``ranks`` ranks that run in ``folder``; AssertionError, with all of it, where a rank fails or hangs."""
+def run_script(script: Path, ranks: int, folder: Path, timeout: float = 200.0, stance: str = "default") -> str:
+    """What ``script`` prints on ``ranks`` ranks that run in ``folder``; AssertionError, with all of it, where a rank fails or hangs.
+
+    ``stance`` is that of `torch.compiler.set_stance`.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))  # the agent's store
     alike = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     alike |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     alike |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1}
     with tempfile.NamedTemporaryFile() as printed:
         variables = [{name: str(value) for name, value in (alike | {"RANK": rank, "LOCAL_RANK": rank}).items()} for rank in range(ranks)]
-        processes = [fork_server().Process(target=_run, args=(script, folder, each, printed.name)) for each in variables]
+        processes = [fork_server().Process(target=_run, args=(script, folder, each, printed.name, stance)) for each in variables]
         for process in processes:
             process.start()
         deadline = time.monotonic() + timeout
@@ -42,7 +45,7 @@ def run_script(script: Path, ranks: int, folder: Path, timeout: float = 200.0) -
     return text
 
 
-def _run(script: Path, folder: Path, variables: dict[str, str], printed: str) -> None:
+def _run(script: Path, folder: Path, variables: dict[str, str], printed: str, stance: str) -> None:
     from tests.end_with_parent import end_with_parent
 
     end_with_parent()
@@ -55,5 +58,6 @@ def _run(script: Path, folder: Path, variables: dict[str, str], printed: str) ->
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [str(script)]
     torch.set_num_threads(1)
-    runpy.run_path(str(script), run_name="__main__")
+    with torch.compiler.set_stance(stance):
+        runpy.run_path(str(script), run_name="__main__")
     sys.stdout.flush()

@@ -258,10 +258,10 @@ def balanced(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     return weights, balance, mf.z_loss(logits) + mf.z_loss(logits, kept, None), kept, mf.update_bias(bias, experts)
 
 
-def compiled_here() -> list[str]:
+def compiled_here(backend: str) -> list[str]:
     """Compares the compiled graph with eager mode for several T, and gives the graphs that were compiled."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(balanced, fullgraph=True, backend=counter)
     bias = 0.1 * normal(NUM_EXPERTS, seed=1, dtype=torch.float32)
     for seed, tokens in enumerate(((5, 9, 0, 1), (0, 3, 1, 2), (0, 0, 0, 0), (1, 1, 20, 7))):
@@ -282,9 +282,11 @@ def compiled_here() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
-def test_compiled_they_give_what_they_give_in_eager_mode_in_one_graph_for_all_ranks_and_numbers_of_tokens(ranks: int) -> None:
-    graphs = run_ranks(compiled_here, ranks, timeout=300)
+@pytest.mark.parametrize(
+    ("ranks", "backend"), [(1, "inductor"), (2, "aot_eager"), pytest.param(2, "inductor", marks=pytest.mark.exhaustive)]
+)
+def test_compiled_they_give_what_they_give_in_eager_mode_in_one_graph_for_all_ranks_and_numbers_of_tokens(ranks: int, backend: str) -> None:
+    graphs = run_ranks(compiled_here, ranks, backend, timeout=300)
     assert all(of_rank == graphs[0] for of_rank in graphs)
     assert len(graphs[0]) == 1
 

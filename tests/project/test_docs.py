@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -36,20 +35,12 @@ def errors(printed: str) -> dict[str, float]:
     return {name: float(error) for name, error in re.findall(r"(\w+): mean squared error (\S+)", printed)}
 
 
-def command(*arguments: str, **variables: str) -> str:
-    """What a command of Python prints."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_the_tutorial_trains_a_better_layer_and_the_same_one_on_two_ranks() -> None:
-    alone = errors(command(LAYER))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    together = errors(command(*torchrun, LAYER, TORCHDYNAMO_DISABLE="1"))  # in eager mode: compiled, it is the same layer
+def test_the_tutorial_trains_a_better_layer_and_the_same_one_on_two_ranks(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, LAYER], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    alone = errors(done.stdout)
+    together = errors(run_script(ROOT / LAYER, 2, tmp_path, stance="force_eager"))  # compiled, it is the same layer
     assert alone["moe"] < 0.7 * alone["dense"]
     # 300 steps of AdamW carry the rounding of sums in another order to some percent of the error.
     assert together == {name: pytest.approx(error, rel=0.1) for name, error in alone.items()}

@@ -159,18 +159,21 @@ def test_without_a_process_group_nothing_is_sent_and_the_parameters_are_as_they_
     assert tree["half"].grad is None
 
 
-def compiled_here(grad: str | None) -> None:
+def compiled_here(grad: str | None, backend: str) -> None:
     torch._dynamo.reset()
     eager = params_and_gradients(grad)
     assert same(params_and_gradients(grad), eager)
     for _ in range(2):
-        assert same(params_and_gradients(grad, lambda forward: torch.compile(forward, fullgraph=True)), eager)
+        assert same(params_and_gradients(grad, lambda forward: torch.compile(forward, fullgraph=True, backend=backend)), eager)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad", ["mean", *(pytest.param(grad, marks=pytest.mark.exhaustive) for grad in ("sum", None))])
-def test_a_compiled_call_gives_the_eager_bits_and_gives_them_again(grad: str | None) -> None:
-    run_ranks(compiled_here, 2, grad, timeout=300)
+@pytest.mark.parametrize(
+    ("grad", "backend"),
+    [("mean", "aot_eager"), *(pytest.param(grad, "inductor", marks=pytest.mark.exhaustive) for grad in ("mean", "sum", None))],
+)
+def test_a_compiled_call_gives_the_eager_bits_and_gives_them_again(grad: str | None, backend: str) -> None:
+    run_ranks(compiled_here, 2, grad, backend, timeout=300)
 
 
 def graphs_here() -> list[str]:

@@ -81,10 +81,8 @@ def test_the_ways_to_split_four_ranks_are_all_there() -> None:
 
 
 SLOW = {
-    "--ranks 4 --pp 2 --tp 2 --ep 2 --etp 1",
     "--ranks 4 --pp 2 --tp 2 --ep 1 --etp 2 --slice",
     "--ranks 4 --pp 1 --tp 2 --ep 2 --etp 2",
-    "--ranks 4 --pp 1 --tp 2 --ep 2 --etp 1 --slice",
 }
 
 

@@ -186,8 +186,8 @@ def opcheck_all(pairs: list[list[int]], d: int) -> None:
     opcheck(return_exchange, (here["back"], splits, sent, group), test_utils=IN_FLIGHT)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_the_exchanges_pass_opcheck(ranks: int) -> None:
     for pairs in PAIRS[ranks]:
         run_ranks(opcheck_all, ranks, pairs, 3)

@@ -83,7 +83,7 @@ def gradients(tokens: tuple[int, ...], d: int, max_rows: int | None = None) -> N
         check_gradients_across_ranks(gradient_of(function), *inputs, seed=seed)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_first_and_second_derivatives_across_ranks(ranks: int) -> None:
     for tokens in TOKENS[ranks]:
         run_ranks(gradients, ranks, tokens, 2)
@@ -105,6 +105,7 @@ def test_both_pass_opcheck_on_two_ranks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_pass_opcheck_on_four_ranks() -> None:
     for tokens, d in (((2, 0, 3, 1), 3), ((0, 0, 0, 0), 2)):
         run_ranks(opcheck_both, 4, tokens, d)

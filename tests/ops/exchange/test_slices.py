@@ -126,8 +126,8 @@ def opcheck_all(size: int) -> None:
     opcheck(slice_reduce, (x, 0, piece.shape[0], ranks, name), test_utils=COMPOSED)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_slices_pass_opcheck(ranks: int) -> None:
     for size in (3, 0):
         run_ranks(opcheck_all, ranks, size)

@@ -136,8 +136,8 @@ def opcheck_all(tokens: tuple[int, ...]) -> None:
         opcheck(exchange_slots, (weights.requires_grad_(), ids, keys, order, position, *rest), test_utils=COMPOSED)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_slots_pass_opcheck(ranks: int) -> None:
     run_ranks(opcheck_all, ranks, TOKENS[ranks])
     run_ranks(opcheck_all, ranks, (0,) * ranks)

@@ -27,6 +27,6 @@ def derivatives_here() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_sums_are_ops_with_their_derivatives(ranks: int) -> None:
     run_ranks(derivatives_here, ranks)

@@ -72,7 +72,7 @@ def check_bounded(keys: Tensor, bins: int, most: int, device: str) -> None:
 
 
 SIZES = [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (256, 1, 64), (257, 1, 65), (100, 8, 17), (300, 2, 200), (0, 2, 3), (0, 1, 1)]
-SIZES += [(100, 3, 2500)]  # several steps a block, and bins that one warp does not add up
+SIZES += [pytest.param(100, 3, 2500, marks=pytest.mark.slow)]  # several steps a block, and bins that one warp does not add up
 
 
 @pytest.mark.parametrize(("tokens", "k", "bins"), SIZES)
