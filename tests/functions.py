@@ -80,11 +80,11 @@ CALLS: dict[str, list[Call]] = {
             mf.plan(i.experts.clamp(max=len(i.placement)), i.weights, 1 + len(i.placement), group, placement=i.placement).weights
         ),
     ],
-    "row_weights": [lambda i, group: mf.row_weights(plan(i, group)), lambda i, group: mf.row_weights(plan(i, group, max_rows=T))],
     "route": [
         lambda i, group: mf.route(i.logits, K),
         lambda i, group: mf.route(i.logits, K, score="sigmoid", bias=i.logits[0].detach()),
     ],
+    "row_weights": [lambda i, group: mf.row_weights(plan(i, group)), lambda i, group: mf.row_weights(plan(i, group, max_rows=T))],
     "slice_gather": [
         lambda i, group: mf.slice_gather(i.x, group),
         lambda i, group: mf.slice_gather(i.x, group, dim=1, grad="reduce"),

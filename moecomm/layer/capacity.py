@@ -86,13 +86,18 @@ class Slots(NamedTuple):
     counts: Tensor  # [E] int64: each expert's number of slots
 
 
+def slot_keys(experts: Tensor, num_experts: int) -> Tensor:
+    """[T, K] int64: the expert of each slot, ``num_experts`` where it has none."""
+    keys = experts.long()
+    return keys.where((keys >= 0) & (keys < num_experts), num_experts)
+
+
 def count_slots(experts: Tensor, num_experts: int) -> Slots:
     """Count and sort the slots of each expert on this rank.
 
     The counts are exact. There is no host synchronization, unlike in `torch.bincount`.
     """
-    keys = experts.long()
-    keys = keys.where((keys >= 0) & (keys < num_experts), num_experts)
+    keys = slot_keys(experts, num_experts)
     _, position, ends = call(counting_sort, keys, num_experts + 1, keys.numel())
     ends = ends[:num_experts].long()
     counts = ends.diff(prepend=ends.new_zeros(1))

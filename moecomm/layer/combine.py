@@ -13,7 +13,7 @@ from moecomm.errors import check_floating, check_reverse_mode, wrong_type
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
 from moecomm.layer.row_dtype import check_dtype, in_one_dtype
-from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked
+from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, indices
 from moecomm.ops.base.library import call
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import combine_wire
@@ -122,11 +122,10 @@ def slot_weights(plan: Plan) -> Tensor:
 
 def _combine(rows: Tensor, weights: Tensor | None, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
-    indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
-        y = call(combine_wire, flat, weights, *indices, plan.group, wire, backward_wire)
+        y = call(combine_wire, flat, weights, *indices(plan), plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
         y = call(weighted_sum, flat, weights, plan.row_order, plan.row_position)
     else:
-        y = call(ops.combine, flat, weights, *indices, plan.group)  # [T, D]
+        y = call(ops.combine, flat, weights, *indices(plan), plan.group)  # [T, D]
     return y.reshape(y.shape[0], *rows.shape[1:])

@@ -13,7 +13,7 @@ from moecomm.errors import check_gradient_summed, check_reverse_mode, check_sent
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
 from moecomm.layer.quantized import Quantized
-from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, listed
+from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, indices, listed
 from moecomm.ops.base.library import call
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import dispatch_quantized as dispatch_quantized_op
@@ -164,8 +164,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
         return here
 
     x = checked("dispatch_quantized", plan, {"x": x}, {"wire": wire, "backward_wire": backward_wire}, shard)
-    indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
-    return Quantized(*call(dispatch_quantized_op, x, *indices, plan.group, wire, backward_wire))
+    return Quantized(*call(dispatch_quantized_op, x, *indices(plan), plan.group, wire, backward_wire))
 
 
 def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
@@ -173,11 +172,10 @@ def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None
         parts = torch.view_as_real(x.resolve_conj())  # [T, ..., 2]
         return torch.view_as_complex(_dispatch(parts, plan, wire, backward_wire))
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
-    indices = (plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits)
     if wire is not None or backward_wire is not None:
-        rows = call(dispatch_wire, flat, *indices, plan.group, wire, backward_wire)
+        rows = call(dispatch_wire, flat, *indices(plan), plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
         rows = call(gather, flat, plan.row_order, plan.row_position)
     else:
-        rows = call(ops.dispatch, flat, *indices, plan.group)  # [N, D]
+        rows = call(ops.dispatch, flat, *indices(plan), plan.group)  # [N, D]
     return rows.reshape(rows.shape[0], *x.shape[1:])

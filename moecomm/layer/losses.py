@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moecomm.errors import check_experts, check_floating, check_tensor, differ, wrong_type, wrong_value
-from moecomm.layer.capacity import count_slots
+from moecomm.layer.capacity import count_slots, slot_keys
 from moecomm.layer.scores import Score, check_score, shares
 from moecomm.ops.exchange.collectives import all_reduced
 from moecomm.ops.rows import attach_loss as ops
@@ -177,8 +177,7 @@ def _z(logits: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor]:
     ignored = (logits == -torch.inf).all(1)  # [T]
     if experts is not None:
         _check_experts_of("logits", logits, experts)
-        ids = experts.long()
-        ignored = ignored | ((ids < 0) | (ids >= logits.shape[1])).all(1)
+        ignored = ignored | (slot_keys(experts, logits.shape[1]) == logits.shape[1]).all(1)
     logits = logits.masked_fill(ignored.unsqueeze(1), 0)
     highest = logits.detach().amax(1)  # [T]
     # torch.logsumexp cannot be traced where T is unbacked (torch 2.13).

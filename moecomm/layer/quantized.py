@@ -11,6 +11,8 @@ from moecomm.errors import check_tensor, differ, wrong_type, wrong_value
 from moecomm.ops.rows import dequantize as ops
 from moecomm.ops.rows.wire_formats import DTYPES, WIRES, blocks
 
+FORMATS = {wire.scale: name for name, wire in WIRES.items()}  # the name of each format by the dtype of its scales
+
 
 class Quantized(NamedTuple):
     """The result of `dispatch_quantized`: 8-bit rows and their scales. `dequantize` turns them into values.
@@ -75,6 +77,3 @@ def dequantize(quantized: Quantized) -> Tensor:
     if differ(scales.shape[0], n) or differ(scales.shape[1], blocks(d, wire)):
         wrong_value("quantized.scales", f"of shape {list(scales.shape)}", f"of shape {[n, blocks(d, wire)]}, for data of shape {[n, d]}")
     return ops.dequantize_apart(rows, data, scales, wire)
-
-
-FORMATS = {wire.scale: name for name, wire in WIRES.items()}  # the name of each format by the dtype of its scales

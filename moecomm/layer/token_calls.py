@@ -1,4 +1,4 @@
-"""The checks of what dispatch and combine are called with, on this rank and, with ``check=True``, against the other ranks."""
+"""What dispatch and combine are called with: the checks on this rank and, with ``check=True``, against the others; and the ops' indices."""
 
 from __future__ import annotations
 
@@ -69,3 +69,8 @@ def check_wires(argument: str, value: Tensor, wire: object, backward_wire: objec
 
 def listed(names: Iterable[str]) -> str:
     return " or ".join(map(repr, names))
+
+
+def indices(plan: Plan) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """The arguments of the ops that describe the pairs and the rows."""
+    return plan.send_order, plan.send_position, plan.row_order, plan.row_position, plan.splits

@@ -44,8 +44,11 @@ def main() -> int:
 def check_machine(options: Namespace) -> None:
     if options.device == "cuda" and torch.cuda.device_count() < options.ranks and not under_torchrun():
         sys.exit(f"--ranks was {options.ranks}; with --device cuda it must be at most the number of GPUs, {torch.cuda.device_count()}")
-    if options.resume and not any((options.out / "checkpoints").glob("step_*")):
-        sys.exit(f"--resume: there is no complete checkpoint in {options.out}/checkpoints")
+    if options.resume:
+        from tutorials.demo.checkpoint import complete  # and torch's distributed checkpoints, which the launcher needs only here
+
+        if not complete(options.out / "checkpoints"):
+            sys.exit(f"--resume: there is no complete checkpoint in {options.out}/checkpoints")
 
 
 def can_compile(options: Namespace) -> bool:
