@@ -148,10 +148,14 @@ BACKWARD = ["all_to_all_single", "combine_exchange", "dispatch_exchange", "retur
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ep", "reshard"), [(2, True), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((2, False), (4, False), (1, True)))]
+    ("ep", "reshard", "layers"),
+    [
+        (2, True, 1),
+        *(pytest.param(*case, 2, marks=pytest.mark.exhaustive) for case in ((2, True), (2, False), (4, False), (1, True))),
+    ],
 )
-def test_each_block_is_one_graph_that_sends_nothing_but_its_exchanges(ep: int, reshard: bool) -> None:
-    sizes = Sizes(layers=2 if ep == 1 else 1)
+def test_each_block_is_one_graph_that_sends_nothing_but_its_exchanges(ep: int, reshard: bool, layers: int) -> None:
+    sizes = Sizes(layers=layers)
     expected = one_process.train(sizes, STEPS, CLIP)
     for run, graphs in run_ranks(train_compiled, 4, sizes, 4, ep, reshard):
         torch.testing.assert_close(run.losses, expected.losses, rtol=1e-10, atol=1e-12)

@@ -24,7 +24,7 @@ from tutorials.demo.model import Shape
 from tutorials.demo.options import parse
 
 ROOT = Path(__file__).parents[2]
-STEPS = 10
+STEPS = 20
 SHAPE = Shape(dim=64, hidden=64, context=32)
 TEXT = argparse.__file__  # 100 kB: the whole standard library takes each process two seconds to read
 EAGER = "--no-compile --dtype float32"
@@ -70,8 +70,8 @@ def one_process() -> list[float]:
 def test_every_arrangement_of_ranks_trains_as_one_process_does(arguments: str, one_process: list[float]) -> None:
     everywhere = [run for run, _ in run_ranks(losses, int(arguments.split()[1]), f"{arguments} {EAGER}")]
     assert all(run == everywhere[0] for run in everywhere)
-    assert one_process[-1] < one_process[0] - 0.5  # it does train
-    # float32 sums in another order round to some 1e-7 of the loss; measured over 20 steps: at most 2e-7. The experts' gradients scaled
+    assert one_process[-1] < one_process[0] - 1  # it does train
+    # float32 sums in another order round to some 1e-7 of the loss; measured over the 20 steps: at most 2e-7. The experts' gradients scaled
     # wrongly, which AdamW nearly hides, differed by 7e-6 in the second step and by 2e-3 in the last.
     torch.testing.assert_close(everywhere[0], one_process, rtol=2e-6, atol=0)
 
@@ -117,7 +117,7 @@ def test_compiled_it_is_one_graph_for_all_blocks_and_trains_as_in_eager_mode(bac
     eager, _ = run_ranks(losses, 2, "--ranks 2 --no-compile --dtype bfloat16")[0]
     compiled, graphs = run_ranks(losses, 2, f"--ranks 2 --backend {backend}", timeout=240)[0]
     assert graphs == 1
-    # bfloat16 keeps 8 bits, and the compiled graph rounds at fewer places: measured at most 9e-3 over 20 steps.
+    # bfloat16 keeps 8 bits, and the compiled graph rounds at fewer places: measured at most 9e-3 over the 20 steps.
     torch.testing.assert_close(compiled, eager, rtol=3e-2, atol=0)
 
 
