@@ -19,10 +19,10 @@ import torch.distributed as dist
 from tests.spawn import fork_server
 
 
-def run_script(script: Path, ranks: int, folder: Path, timeout: float = 200.0, stance: str = "default") -> str:
+def run_script(script: Path, ranks: int, folder: Path, timeout: float = 200.0, **stance: str) -> str:
     """What ``script`` prints on ``ranks`` ranks that run in ``folder``; AssertionError, with all of it, where a rank fails or hangs.
 
-    ``stance`` is that of `torch.compiler.set_stance`.
+    ``stance`` goes to `torch.compiler.set_stance`.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))  # the agent's store
     alike = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
@@ -45,7 +45,7 @@ def run_script(script: Path, ranks: int, folder: Path, timeout: float = 200.0, s
     return text
 
 
-def _run(script: Path, folder: Path, variables: dict[str, str], printed: str, stance: str) -> None:
+def _run(script: Path, folder: Path, variables: dict[str, str], printed: str, stance: dict[str, str]) -> None:
     from tests.end_with_parent import end_with_parent
 
     end_with_parent()
@@ -58,6 +58,6 @@ def _run(script: Path, folder: Path, variables: dict[str, str], printed: str, st
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [str(script)]
     torch.set_num_threads(1)
-    with torch.compiler.set_stance(stance):
+    with torch.compiler.set_stance(**stance):
         runpy.run_path(str(script), run_name="__main__")
     sys.stdout.flush()

@@ -38,6 +38,7 @@ def leak(number: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_left_behind_is_seen_on_the_rank_that_leaves_it() -> None:
     samples = soak.soak(leaking, 2, 4.0)
     for of_rank in samples:  # from one round to the next, at the rate that it happens

@@ -1,4 +1,4 @@
-"""All ways of parallelism in one world of 8 ranks: every split of it that `moe_mesh` takes trains as one process does."""
+"""All ways of parallelism in one world: every split of 8 ranks that `moe_mesh` takes trains as one process does."""
 
 from __future__ import annotations
 
@@ -40,17 +40,15 @@ def fits(split: Split, world: int) -> bool:
     return split.pp * split.dp * split.tp == world and split.edp * split.ep * split.etp == world // split.pp
 
 
-EVERY_RUN = [Split(1, 2, 4, 2, 2, 2), Split(2, 2, 2, 1, 2, 2), Split(2, 2, 2, 2, 2, 1)]
-COMPILED = EVERY_RUN[1]  # with all of pp, dp, tp, ep and etp
+INNER_LOOP = Split(2, 2, 2, 1, 2, 2)  # with all of pp, dp, tp, ep and etp
+EVERY_RUN = [Split(1, 2, 4, 2, 2, 2), INNER_LOOP, Split(2, 2, 2, 2, 2, 1), Split(1, 8, 1, 2, 2, 2)]
 
 
-def case(number: int, split: Split, compiled: bool) -> object:
-    """One in the inner loop, some in every run, all of them where all is asked for; compiled ones are fewer, for they take longer."""
-    if compiled:
-        often, marks = split == COMPILED, [pytest.mark.slow]
-    else:
-        often, marks = number % 5 == 0 or split in EVERY_RUN, [] if split == COMPILED else [pytest.mark.slow]
-    return pytest.param(split, compiled, id=f"{split}{', compiled' * compiled}", marks=marks if often else [*marks, pytest.mark.exhaustive])
+def case(split: Split, compiled: bool) -> object:
+    """One in the inner loop, some in every run, all of them where all is asked for."""
+    slow = [] if split == INNER_LOOP and not compiled else [pytest.mark.slow]
+    often = split in EVERY_RUN and not compiled
+    return pytest.param(split, compiled, id=f"{split}{', compiled' * compiled}", marks=slow if often else [*slow, pytest.mark.exhaustive])
 
 
 def test_the_splits_are_all_there_are() -> None:
@@ -62,12 +60,16 @@ def test_the_splits_are_all_there_are() -> None:
     assert set(EVERY_RUN) <= set(found)
 
 
-@pytest.mark.parametrize(
-    ("split", "compiled"), [case(number, split, compiled) for compiled in (False, True) for number, split in enumerate(splits(WORLD))]
-)
+@pytest.mark.parametrize(("split", "compiled"), [case(split, compiled) for compiled in (False, True) for split in splits(WORLD)])
 def test_training_split_over_8_ranks_is_that_of_one_process(split: Split, compiled: bool) -> None:
     of = training(split)
     assert_is_one_process(run_ranks(train, WORLD, of, split, "GPipe", compiled, timeout=200), expected(of))
+
+
+@pytest.mark.slow
+def test_compiled_training_split_over_4_ranks_is_that_of_one_process() -> None:
+    of = training(split := Split(pp=2, dp=1, tp=2, edp=1, ep=2, etp=1))
+    assert_is_one_process(run_ranks(train, 4, of, split, "GPipe", True, timeout=200), expected(of))
 
 
 @pytest.mark.slow

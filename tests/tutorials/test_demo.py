@@ -31,7 +31,7 @@ EAGER = "--no-compile --dtype float32"
 PER_PARAMETER_MESH = parallel.ShardPlacementResult
 
 
-def losses(arguments: str, one_mesh: bool = False) -> tuple[list[float], int]:
+def losses(arguments: str, one_mesh: bool = False, steps: int = STEPS) -> tuple[list[float], int]:
     """The demo's loss at each step, and how many graphs were compiled; with an FSDP2 that has one mesh a block, where ``one_mesh``."""
     options = parse([*arguments.split(), "--batch", "8", "--data", TEXT])
     torch._dynamo.reset()
@@ -45,9 +45,9 @@ def losses(arguments: str, one_mesh: bool = False) -> tuple[list[float], int]:
         schedule = pipeline.schedule(model, mesh, shape, options.batch, options.slice, parallel.compute_dtype(options), 1)
         optimizer = train.adamw(model)
         history: dict[str, Any] = {"step": 0, "train": [], "loads": [], "rows": []}
-        for step in range(STEPS):
+        for step in range(steps):
             inputs = pipeline.own_part(data.batch(text.train, options.batch, shape.context, 0, step), mesh, options.slice)
-            loss, load = train.train_step(model, schedule, optimizer, *inputs, train.learning_rate(step, STEPS), mesh, options)
+            loss, load = train.train_step(model, schedule, optimizer, *inputs, train.learning_rate(step, steps), mesh, options)
             train.record(history, loss, load, False, mesh)
     finally:
         parallel.ShardPlacementResult = PER_PARAMETER_MESH
@@ -114,14 +114,14 @@ def test_a_block_computes_in_the_dtype_that_was_asked_for(one_mesh: bool) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_compiled_it_is_one_graph_for_all_blocks_and_trains_as_in_eager_mode(backend: str) -> None:
-    eager, _ = run_ranks(losses, 2, "--ranks 2 --no-compile --dtype bfloat16")[0]
-    compiled, graphs = run_ranks(losses, 2, f"--ranks 2 --backend {backend}", timeout=240)[0]
+    eager, _ = run_ranks(losses, 2, "--ranks 2 --no-compile --dtype bfloat16", False, 8)[0]
+    compiled, graphs = run_ranks(losses, 2, f"--ranks 2 --backend {backend}", False, 8, timeout=240)[0]
     assert graphs == 1
-    # bfloat16 keeps 8 bits, and the compiled graph rounds at fewer places: measured at most 9e-3 over the 20 steps.
+    # bfloat16 keeps 8 bits, and the compiled graph rounds at fewer places: measured at most 9e-3 over 20 steps.
     torch.testing.assert_close(compiled, eager, rtol=3e-2, atol=0)
 
 
-SMALL = ["--ranks", "2", "--batch", "4", "--sample", "4", "--no-compile", "--data", TEXT]
+SMALL = ["--ranks", "2", "--batch", "4", "--sample", "4", *EAGER.split(), "--data", TEXT]
 
 
 def undisturbed(arguments: list[str]) -> None:

@@ -20,13 +20,13 @@ from moecomm.ops.routing.counting_sort import (
 from tests.ops.cases import assert_same_layout, bounded_slots, guarded, inverse, routing, sorted_slots, strided
 
 
-def check(keys: Tensor, bins: int, device: str) -> None:
+def check(keys: Tensor, bins: int, device: str, padding: tuple[int, ...] = (0, 700)) -> None:
     want = sorted_slots(keys, bins)
     size = want[0].shape[0]
     for got in (sort_cpu(keys, bins, size), guarded(sort_triton, keys.to(device), bins, size)):
         torch.testing.assert_close([tensor.cpu() for tensor in got], list(want), rtol=0, atol=0)
         assert_same_layout(sort_fake(keys, bins, size), got)
-    for extra in (0, 3, 700):  # padding
+    for extra in padding:
         order = torch.cat((want[0], want[0].new_full((extra,), -1)))
         for got in (sort_cpu(keys, bins, size + extra, True), guarded(sort_triton, keys.to(device), bins, size + extra, True)):
             torch.testing.assert_close([tensor.cpu() for tensor in got], [order, *want[1:]], rtol=0, atol=0)
@@ -40,7 +40,7 @@ def check_aligned(keys: Tensor, bins: int, align: int, device: str) -> None:
         order += [i for i, key in enumerate(flat) if key == b]
         order += [-1] * (-len(order) % align)
         offsets.append(len(order))
-    for extra in (0, 5, 300):
+    for extra in (0, 300):
         want = torch.tensor(order + [-1] * extra, dtype=torch.int32)
         for got in (
             sort_cpu(keys, bins, len(want), True, align),
@@ -52,7 +52,7 @@ def check_aligned(keys: Tensor, bins: int, align: int, device: str) -> None:
             assert_same_layout(sort_fake(keys, bins, len(want), True, align), got)
 
 
-@pytest.mark.parametrize("align", [2, 16, 128])
+@pytest.mark.parametrize("align", [2, pytest.param(16, marks=pytest.mark.exhaustive), 128])
 @pytest.mark.parametrize(("tokens", "k", "bins"), [(5, 2, 3), (300, 1, 65), (100, 8, 17), (0, 2, 3), (1, 1, 1)])
 def test_keys_begin_at_multiples(tokens: int, k: int, bins: int, align: int, device: str) -> None:
     check_aligned(routing(tokens, k, bins, seed=tokens), bins, align, device)
@@ -71,8 +71,9 @@ def check_bounded(keys: Tensor, bins: int, most: int, device: str) -> None:
         assert_same_layout(bounded_fake(keys, bins, most), got)
 
 
-SIZES = [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (256, 1, 64), (257, 1, 65), (100, 8, 17), (300, 2, 200), (0, 2, 3), (0, 1, 1)]
-SIZES += [pytest.param(100, 3, 2500, marks=pytest.mark.slow)]  # several steps a block, and bins that one warp does not add up
+SIZES = [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (257, 1, 65), (100, 8, 17), (0, 2, 3), (0, 1, 1)]
+SIZES += [pytest.param(256, 1, 64, marks=pytest.mark.exhaustive), pytest.param(300, 2, 200, marks=pytest.mark.slow)]
+MANY_BINS = (100, 3, 2500)  # several steps a block, and bins that one warp does not add up
 
 
 @pytest.mark.parametrize(("tokens", "k", "bins"), SIZES)
@@ -83,12 +84,23 @@ def test_bounded_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device:
         check_bounded(keys, bins, most, device)
 
 
+@pytest.mark.slow
+def test_many_bins_are_sorted_too(device: str) -> None:
+    tokens, k, bins = MANY_BINS
+    keys = routing(tokens, k, bins, seed=tokens)
+    check(keys, bins, device, padding=())
+    check_bounded(keys, bins, 1, device)
+
+
 def test_bounded_sort_has_room_for_nothing(device: str) -> None:
     for tokens in (0, 5, 300):
         check_bounded(routing(tokens, 2, 3, seed=tokens), 3, 0, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+DTYPES = [torch.int64, torch.uint8, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.int32, torch.int16))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bounded_sort_takes_any_integer_dtype_and_any_strides(dtype: torch.dtype, device: str) -> None:
     keys = routing(150, 2, 5, seed=1, dropped=0.0 if dtype == torch.uint8 else 0.3).to(dtype)
     for layout in strided(keys):
@@ -100,11 +112,11 @@ def test_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device: str) ->
     check(routing(tokens, k, bins, seed=tokens), bins, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sort_takes_any_integer_dtype_and_any_strides(dtype: torch.dtype, device: str) -> None:
     keys = routing(150, 2, 5, seed=1, dropped=0.0 if dtype == torch.uint8 else 0.3).to(dtype)
     for layout in strided(keys):
-        check(layout, 5, device)
+        check(layout, 5, device, padding=(3,))
 
 
 def test_sort_of_nothing_but_dropped_slots(device: str) -> None:
