@@ -128,7 +128,7 @@ class Pool:
 def fork_server() -> ForkServerContext:
     """Where all ranks are started, of whatever test: the first that starts one says for all of them what the server has imported.
 
-    So no rank imports torch again, 3 s of CPU time, or compiles for the first time, 2 s more.
+    So no rank imports torch again, 3 s of CPU time; `tests/warm.py` has what else.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.end_with_parent", "tests.warm"])

@@ -1,8 +1,12 @@
-"""Import it in a process whose forks compile: what torch does at its first compilation is done. The fork server of the tests' ranks imports it.
+"""The fork server of the tests' ranks imports it: what each rank would do first is done.
 
-The first compilation imports 600 modules and fills torch's tables: 2 s of CPU time for each rank, and 3.5 s where Inductor compiles.
+The first compilation imports 600 modules and fills torch's tables: 2 s of CPU time for each rank, and 3.5 s where Inductor compiles. What
+the tests' own modules import takes each rank 0.8 s.
 """
 
+import expecttest  # noqa: F401
+import hypothesis  # noqa: F401
+import pytest  # noqa: F401
 import torch
 import torch._inductor.compile_fx  # noqa: F401
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from tests.faults.faults import FAULTY, RANKS, At, Fault, lost_ranks
 from tests.spawn import run_ranks
-from tests.tutorials.test_demo import EAGER, ROOT, TEXT, history
+from tests.tutorials.test_demo import EAGER, ROOT, TEXT, history, undisturbed
 from tutorials.demo import checkpoint
 
 STEPS = 8
@@ -115,44 +115,35 @@ V6 = "0000000000000000FFFF0000"  # what stands before an IPv4 address in an IPv6
 LOOPBACK = {"0100007F", f"{V6}0100007F", "00000000000000000000000001000000"}  # 127.0.0.1, the same in IPv6, and ::1
 
 
-class Run(NamedTuple):
-    history: dict[str, Any]
-    sockets: set[Socket]  # that its processes had at any time, looked at again and again
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    out, sockets = tmp_path_factory.mktemp("undisturbed"), set()
-    with started(out, *DEMO, "--ranks", "2") as job:
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_the_demo_listens_on_loopback_and_talks_to_nobody_else(tmp_path: Path) -> None:
+    sockets = set()
+    with started(tmp_path, *DEMO, "--ranks", "2", "--steps", "1") as job:
         while job.process.poll() is None:
             sockets |= sockets_of(family_of(job.process.pid))
             time.sleep(0.05)
         job.ended()
-    return Run(history(out), sockets)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
-def test_the_demo_listens_on_loopback_and_talks_to_nobody_else(undisturbed: Run) -> None:
-    assert any(each.listens for each in undisturbed.sockets)
-    assert {each.own for each in undisturbed.sockets} <= LOOPBACK
-    assert {each.other for each in undisturbed.sockets if not each.listens} <= LOOPBACK  # so that it downloads nothing, either
+    assert any(each.listens for each in sockets)
+    assert {each.own for each in sockets} <= LOOPBACK
+    assert {each.other for each in sockets if not each.listens} <= LOOPBACK  # so that it downloads nothing, either
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 5))])
-def test_killed_at_a_random_step_it_starts_again_and_ends_with_the_same_losses(seed: int, tmp_path: Path, undisturbed: Run) -> None:
+def test_killed_at_a_random_step_it_starts_again_and_ends_with_the_same_losses(seed: int, tmp_path: Path) -> None:
+    run_ranks(undisturbed, 2, ["--ranks", "2", *SMALL, "--out", str(tmp_path / "whole")], timeout=PATIENCE)
     chance = random.Random(seed)
     step, rank, later = chance.randrange(3, STEPS - 1), str(chance.randrange(2)), chance.random() / 5
-    with started(tmp_path, *torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "2")) as job:
+    with started(tmp_path / "parts", *torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "2")) as job:
         job.wait_for(rf"\b[{step}-{STEPS}]/{STEPS} ")
         time.sleep(later)
         (lost,) = (pid for pid, of in family_of(job.process.pid).items() if of == rank)
         os.kill(lost, signal.SIGKILL)
         output = job.ended()
     assert [2 <= int(at) <= STEPS for at in re.findall(r"resumed at step (\d+)", output)] == [True], output
-    assert history(tmp_path) == undisturbed.history  # all losses, and the rows of all experts, to the bit
+    assert history(tmp_path / "parts") == history(tmp_path / "whole")  # all losses, and the rows of all experts, to the bit
 
 
 @pytest.mark.slow

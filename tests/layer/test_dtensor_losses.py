@@ -123,7 +123,7 @@ def run_all(cases: list[str], compiled: bool) -> list[dict[str, Tensor]]:
     return [run(case, compiled) for case in cases]
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_losses_of_dtensors_and_their_gradients_are_those_of_one_process(compiled: bool) -> None:
     cases = ["a, and other tokens over b"] if compiled else list(CASES)
     for results in run_ranks(run_all, 4, cases, compiled, timeout=200):

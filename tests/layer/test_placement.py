@@ -469,7 +469,8 @@ def compiled_here(backend: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "backend"), [(2, "aot_eager"), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((2, "inductor"), (4, "aot_eager")))]
+    ("ranks", "backend"),
+    [(2, "aot_eager"), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((2, "inductor"), (4, "aot_eager")))],
 )
 def test_a_compiled_layer_takes_any_placement_and_is_one_graph_on_all_ranks(ranks: int, backend: str) -> None:
     first, *others = run_ranks(compiled_here, ranks, backend, timeout=200)

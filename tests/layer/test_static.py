@@ -256,7 +256,8 @@ def compiled_here(backend: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "backend"), [(1, "aot"), (2, "aot"), (2, "inductor"), pytest.param(4, "aot", marks=pytest.mark.exhaustive)]
+    ("ranks", "backend"),
+    [(2, "aot"), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, "aot"), (4, "aot"), (2, "inductor")))],
 )
 def test_a_compiled_layer_has_constant_sizes_and_no_read_and_serves_every_routing(ranks: int, backend: str) -> None:
     for graphs in run_ranks(compiled_here, ranks, backend, timeout=300):

@@ -94,8 +94,7 @@ def train_here(split: tuple[int, ...], src: int, how: str) -> dict[str, Tensor]:
     ("ranks", "how"),
     [
         *((ranks, how) for ranks in (1, 2, 4) for how in ("eager", "in place")),
-        pytest.param(2, "compiled", marks=pytest.mark.slow),
-        *(pytest.param(ranks, "compiled", marks=[pytest.mark.slow, pytest.mark.exhaustive]) for ranks in (1, 4)),
+        *(pytest.param(ranks, "compiled", marks=[pytest.mark.slow, pytest.mark.exhaustive]) for ranks in (1, 2, 4)),
     ],
 )
 def test_training_on_several_ranks_is_training_on_the_whole_batch(ranks: int, how: str) -> None:
@@ -110,7 +109,7 @@ def test_training_on_several_ranks_is_training_on_the_whole_batch(ranks: int, ho
             assert all(torch.equal(other[name], first[name]) for other in others)
 
 
-@pytest.mark.parametrize("how", ["eager", "in place", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["eager", "in place", pytest.param("compiled", marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_training_again_gives_the_same_bits(how: str) -> None:
     first, second = (run_ranks(train_here, 2, (9, 3), 0, how, timeout=200)[0] for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

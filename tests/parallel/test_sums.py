@@ -84,6 +84,7 @@ def compiled_here() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/test_functions.py compiles them in every run
 def test_compiled_sums_are_the_eager_ones() -> None:
     run_ranks(compiled_here, 2, timeout=200)
 

@@ -47,7 +47,7 @@ def losses(arguments: str, one_mesh: bool = False, steps: int = STEPS) -> tuple[
         history: dict[str, Any] = {"step": 0, "train": [], "loads": [], "rows": []}
         for step in range(steps):
             inputs = pipeline.own_part(data.batch(text.train, options.batch, shape.context, 0, step), mesh, options.slice)
-            loss, load = train.train_step(model, schedule, optimizer, *inputs, train.learning_rate(step, steps), mesh, options)
+            loss, load = train.train_step(model, schedule, optimizer, *inputs, train.learning_rate(step, STEPS), mesh, options)
             train.record(history, loss, load, False, mesh)
     finally:
         parallel.ShardPlacementResult = PER_PARAMETER_MESH
@@ -78,8 +78,8 @@ def test_every_arrangement_of_ranks_trains_as_one_process_does(arguments: str, o
 
 @pytest.mark.slow
 def test_experts_are_replicated_where_fsdp_has_one_mesh_for_a_block(one_process: list[float]) -> None:
-    everywhere = run_ranks(losses, 4, f"--ranks 4 --ep 2 {EAGER}", True)
-    torch.testing.assert_close(everywhere[0][0], one_process, rtol=2e-6, atol=0)
+    everywhere = run_ranks(losses, 4, f"--ranks 4 --ep 2 {EAGER}", True, 8)
+    torch.testing.assert_close(everywhere[0][0], one_process[:8], rtol=2e-6, atol=0)
 
 
 def dtypes(arguments: str, one_mesh: bool) -> set[tuple[str, torch.dtype]]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import moecomm.functional as mf
 from moecomm.mesh import MoEMesh
-from tutorials.demo import checkpoint, data, launch, parallel, pipeline, plots
+from tutorials.demo import checkpoint, data, launch, parallel, pipeline
 from tutorials.demo.model import Shape, Transformer
 from tutorials.demo.options import parse, shape_of, under_torchrun
 from tutorials.demo.splits import microbatches
@@ -98,6 +98,8 @@ def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
     say(f"\na sample, after {PROMPT} bytes of held-out text:\n{'-' * 80}\n{sample(model, text.held_out, mesh, shape, options)}\n{'-' * 80}")
     unigram, bigram = data.baselines(text.train, held_out)
     if rank == 0:
+        from tutorials.demo import plots  # imports matplotlib, which the other ranks do without
+
         plots.loss(history, unigram, bigram, options.out / "loss.png")
         plots.experts(history, options.out / "experts.png")
     say(
