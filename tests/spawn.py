@@ -27,6 +27,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
+import pytest
+
+FOUR = pytest.param(4, marks=pytest.mark.slow)  # ranks: the inner loop has fewer
 GRACE = 3.0  # seconds that the other ranks get to report, once one has failed
 GROUPS = 12  # process groups that a pool may have made: each has three threads of gloo on each rank, which are never quite idle
 

@@ -15,7 +15,7 @@ from benchmarks.inputs import ALL_TO_ONE, ZIPF, routed, step
 from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
 from benchmarks.sweep import Point
 from benchmarks.whole import check_whole, with_experts
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -35,7 +35,7 @@ def check_here() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_a_peer_is_the_dense_layer_on_ranks(ranks: int) -> None:
     run_ranks(check_here, ranks, timeout=120)
 

@@ -41,6 +41,7 @@ def exported(layer: Layer) -> torch.export.ExportedProgram:
     return program.run_decompositions(decompositions())
 
 
+@pytest.mark.slow
 def test_an_export_reads_the_sizes_once_and_sends_what_the_layer_sends() -> None:
     [graph] = run_ranks(graph_here, 1)
     assert graph.count("read_sizes.default") == 1

@@ -66,5 +66,6 @@ def on_ranks() -> None:
         gather(placed(x, Replicate(), Shard(0)), *indices)
 
 
+@pytest.mark.slow
 def test_hidden_slices_and_partial_sums_pass_through_the_local_ops_and_nothing_is_sent() -> None:
     run_ranks(on_ranks, 4)

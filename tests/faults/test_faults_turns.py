@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -168,6 +169,7 @@ def reduced_here() -> list[tuple[Share, list[float]]]:
     return shares
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_over_the_same_ranks_while_exchanges_are_on_their_way() -> None:
     """Megatron-LM issue 5749: the all-to-all of tokens and the reduction of gradients on the same ranks, which came to a standstill."""
     for number, *ranks in zip(range(5), *run_ranks(reduced_here, 4), strict=True):

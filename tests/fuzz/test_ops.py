@@ -266,6 +266,7 @@ def test_an_op_agrees_with_its_definition(name: str, data: st.DataObject) -> Non
     check(*map(data.draw, strategies))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton's interpreter is off")
 @pytest.mark.parametrize("name", CHECKS)
 @fuzzed(5, 500)

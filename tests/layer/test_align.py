@@ -14,7 +14,7 @@ from torch.nn.functional import grouped_mm, pad, silu
 import moecomm.functional as mf
 from tests import reference
 from tests.layer.test_layer import ROUTINGS, Case, Problem, loop, problem
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 TOKENS = {1: (13,), 2: (9, 4), 4: (5, 0, 11, 1)}
@@ -49,7 +49,7 @@ def assert_close(case: Case, whole: Problem, results: list[tuple[list[Tensor], T
         torch.testing.assert_close(torch.cat([gradients[i] for gradients, _, _ in results]), want[name])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_layer_of_aligned_rows_is_the_dense_one_and_sends_no_more(ranks: int) -> None:
     for routing in ROUTINGS:
         for static in (False, True):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moecomm.functional as mf
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 TOKENS = {1: [(17,), (0,)], 2: [(9, 4), (0, 17), (6, 0)], 4: [(5, 0, 11, 1), (0, 0, 3, 0), (0, 0, 0, 0)]}
@@ -55,7 +55,7 @@ def all_limited_here(cases: list[Any]) -> list[Tensor]:
     return [limited_here(*case) for case in cases]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_slots_over_capacity_are_dropped_in_the_order_of_ranks_tokens_and_slots(ranks: int) -> None:
     cases = [(tokens, k, e, capacity) for tokens in TOKENS[ranks] for k, e in SIZES for capacity in CAPACITIES]
     dropped = 0

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import moecomm.functional as mf
 from moecomm.ops.base.signature import LENGTH
 from tests import reference
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 D, TOKENS, NUM_EXPERTS = 12, (7, 3, 0, 5), 8
@@ -65,7 +65,7 @@ def test_traffic_sees_a_read(name: str) -> None:
     assert name in traffic.reads
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_layer_reads_from_the_device_once_forward_and_never_backward(ranks: int) -> None:
     for forward, backward in run_ranks(cost_here, ranks, 2, torch.float32):
         assert forward.reads == ["plan_sizes"]
@@ -73,7 +73,7 @@ def test_a_layer_reads_from_the_device_once_forward_and_never_backward(ranks: in
 
 
 @pytest.mark.parametrize(("tokens", "exchanges"), [(TOKENS, 3), (MANY, 4)])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_a_layer_is_three_exchanges_forward_or_four_and_three_backward(ranks: int, tokens: tuple[int, ...], exchanges: int) -> None:
     for forward, backward in run_ranks(cost_here, ranks, 2, torch.float32, tokens):
         assert forward.collectives == ["all_to_all_single"] * exchanges  # counts, ids and weights where they are many, tokens, sums
@@ -87,7 +87,7 @@ def test_a_group_of_one_sends_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 2, 8])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 @pytest.mark.parametrize("tokens", [TOKENS, MANY], ids=["few", "many"])
 def test_a_token_travels_once_to_a_rank_and_one_sum_comes_back(tokens: tuple[int, ...], ranks: int, k: int, dtype: torch.dtype) -> None:
     experts, _ = routing(k, tokens)

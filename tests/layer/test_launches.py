@@ -145,5 +145,6 @@ backward, 10: gather_kernel alltoall_base_ backward_kernel weighted_sum_kernel a
     )
 
 
+@pytest.mark.slow
 def test_the_number_of_launches_does_not_go_by_sizes() -> None:
     assert layer_here(5, None) == layer_here(300, None)

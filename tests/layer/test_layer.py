@@ -14,7 +14,7 @@ from torch.nn.functional import grouped_mm, silu
 
 import moecomm.functional as mf
 from tests import reference
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 D, H = 16, 24
 
@@ -133,7 +133,7 @@ def cases_of(ranks: int, dtype: torch.dtype) -> list[Case]:
 
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
-@pytest.mark.parametrize("ranks", TOKENS)
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_layer_and_its_gradients_agree_with_every_expert_computed_densely(ranks: int, dtype: torch.dtype) -> None:
     cases = cases_of(ranks, dtype)
     parts = run_ranks(layers_here, ranks, cases)
@@ -215,7 +215,7 @@ def trees_here(tokens: tuple[int, ...], experts: Tensor, weights: Tensor, num_ex
     return Trees(rows, torch.utils._pytree.tree_map(torch.Tensor.detach, sums), {"floats": list(gradients)})
 
 
-@pytest.mark.parametrize("ranks", TOKENS)
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_tree_of_tensors_of_any_dtype_and_rank_travels_as_its_tokens_do(ranks: int) -> None:
     case = Case(TOKENS[ranks][0], 3, 8, "some dropped", torch.float64, "loop")
     of = problem(case)

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import moecomm.functional as mf
 from tests.ops.cases import check_gradients_across_ranks
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 NUM_EXPERTS, K, INF = 5, 2, math.inf
@@ -58,7 +58,7 @@ def balances_here(cases: list[Any]) -> list[Any]:
     return [balance_here(*case) for case in cases]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_the_balance_loss_is_that_of_all_ranks_tokens_and_its_gradient_that_of_the_sum_of_all_ranks_losses(ranks: int) -> None:
     cases = [(tokens, dtype) for tokens in TOKENS[ranks] for dtype in (torch.float32, torch.float64, torch.bfloat16)]
     for (tokens, dtype), parts in zip(cases, zip(*run_ranks(balances_here, ranks, cases), strict=True), strict=True):
@@ -101,7 +101,7 @@ def averaged_here(tokens: tuple[int, ...]) -> Tensor:
     return mf.slice_gather(grad.unsqueeze(0), None).mean(0)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_gradients_averaged_over_ranks_are_those_of_the_one_loss_of_the_group(ranks: int) -> None:
     tokens = TOKENS[ranks][0]
     x, gate = normal(sum(tokens), 3), normal(3, NUM_EXPERTS, seed=1).requires_grad_()
@@ -117,7 +117,7 @@ def perturbed_here() -> None:
     check_gradients_across_ranks(lambda p: mf.load_balance_loss(p, experts), normal(tokens, NUM_EXPERTS, seed=dist.get_rank()).softmax(1))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_the_balance_loss_has_the_gradient_that_perturbing_every_rank_finds(ranks: int) -> None:
     run_ranks(perturbed_here, ranks)
 
@@ -159,7 +159,7 @@ def next_bias_here(tokens: tuple[int, ...]) -> list[Tensor]:
     return [mf.update_bias(biases[0], own), mf.update_bias(biases[1], own.to(torch.int32), 0.5, None)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_the_bias_of_an_expert_below_the_mean_load_of_the_group_rises_and_above_it_falls(ranks: int) -> None:
     for tokens in TOKENS[ranks]:
         load = Counter(routing(sum(tokens)).flatten().tolist())

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import moecomm.functional as mf
 from tests import reference
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 TOKENS = {1: (9,), 2: (0, 8), 4: (5, 0, 11, 1)}
 
@@ -50,7 +50,7 @@ def plans_here(tokens: tuple[int, ...], cases: list[Case]) -> list[mf.Plan]:
     return [mf.plan(*(part[own] for part in routing(sum(tokens), case)), case.num_experts) for case in cases]
 
 
-@pytest.mark.parametrize("ranks", TOKENS)
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_plan_holds_each_experts_rows_in_token_order_and_both_maps(ranks: int) -> None:
     tokens = TOKENS[ranks]
     for rank, plans in enumerate(run_ranks(plans_here, ranks, tokens, CASES)):
@@ -73,7 +73,7 @@ def test_a_plan_holds_each_experts_rows_in_token_order_and_both_maps(ranks: int)
             assert (plan.tokens, plan.num_experts) == (tokens[rank], case.num_experts)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_a_plan_sends_a_token_once_to_each_rank_of_its_experts(ranks: int) -> None:
     tokens = TOKENS[ranks]
     for rank, plans in enumerate(run_ranks(plans_here, ranks, tokens, CASES)):

@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 import moecomm.functional as mf
 from tests import reference
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 TOKENS, D, H, E, K = (5, 0, 7, 1), 12, 16, 8, 3
 MODES: list[dict[str, Any]] = [{}, {"align": 4}, {"max_rows": max(TOKENS)}, {"max_rows": max(TOKENS), "align": 4}]
@@ -68,7 +68,7 @@ def modes_here(placement: list[list[int]] | None) -> list[dict[str, Tensor]]:
     return [results(layer, given, lean=True, placement=placement, **mode) for mode in MODES]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_layer_whose_experts_multiply_the_weights_is_the_dense_layer(ranks: int) -> None:
     want = reference.layer_and_gradients(**problem(ranks))
     for mode, *parts in zip(MODES, *run_ranks(modes_here, ranks, None), strict=True):

@@ -24,7 +24,7 @@ from tests import reference
 from tests.compile.graphs import keeping, text_of
 from tests.layer.test_layer import UNITS, Case, D, H, grouped, loop, problem
 from tests.ops.routing.test_place_slots import expected as places_by_loop
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 NAN = float("nan")
@@ -104,7 +104,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_layer_is_that_of_the_slots_that_fit_and_with_room_for_all_it_is_dynamic_modes_bit_for_bit(ranks: int) -> None:
     for case, *parts in zip(cases(ranks), *run_ranks(layers_here, ranks, cases(ranks), timeout=300), strict=True):
         of = problem(case)
@@ -165,7 +165,7 @@ def cost_here(most: int) -> list[tuple[list[str], list[list[int]], list[str]]]:
     return [(traffic.collectives, traffic.bytes, traffic.reads) for traffic in (forward, backward)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_layer_is_three_equal_exchanges_forward_and_three_backward_and_reads_nothing(ranks: int) -> None:
     token, slots, weights = 4 * D, 2 * (4 + 1), 2 * 4  # bytes of a pair
     for most in (2, 9):

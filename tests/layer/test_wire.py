@@ -32,7 +32,7 @@ from tests.compile.graphs import exchanges, keeping, unbacked
 from tests.layer.test_layer import Problem
 from tests.ops.cases import COMPOSED, IN_FLIGHT
 from tests.ops.rows.test_quantize import bound
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 E, K, H = 4, 2, 8
@@ -156,7 +156,7 @@ def gradients_here() -> None:
             assert_same(second, (2 * slots).expand_as(x))  # small integers, which every format has
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_gradients_pass_the_rounding_as_they_are_and_are_rounded_by_a_wire_of_their_own(ranks: int) -> None:
     run_ranks(gradients_here, ranks)
 

@@ -332,5 +332,6 @@ def compiled_here() -> None:
             made(experts, weights * float("nan"))
 
 
+@pytest.mark.slow
 def test_compiled_code_checks_alike() -> None:
     run_ranks(compiled_here, 2, timeout=120)

@@ -14,7 +14,7 @@ import moecomm.functional as mf
 from moecomm.parallel.group import GroupLike
 from tests import layers, one_process
 from tests.one_process import BALANCE, RATE, Run, Sizes
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 pytestmark = pytest.mark.slow  # whole trainings; the inner loop has those of test_expert_parallel.py and test_hybrid.py
@@ -113,7 +113,7 @@ def sequence_here(tokens: int) -> tuple[list[str], list[str]]:
     return forward.collectives, backward.collectives
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_a_layer_between_slices_of_a_sequence_sends_its_own_exchanges_alone(ranks: int) -> None:
     for forward, backward in run_ranks(sequence_here, ranks, 7):
         assert sorted(forward) == sorted([A2A] * 3 + [GATHER])  # the gather is the balance loss's
@@ -149,7 +149,7 @@ def layer_here(tokens: int, grad: str) -> tuple[list[str], list[str]]:
     return forward.collectives, backward.collectives
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 @pytest.mark.parametrize("grad", ["slice", "reduce"])
 def test_a_layer_of_slices_takes_one_gather_beside_its_own_exchanges_each_way(ranks: int, grad: str) -> None:
     for tokens in (8, 7, 1, 2):

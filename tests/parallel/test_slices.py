@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import moecomm.functional as mf
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 SIZES = [0, 1, 3, 4, 5, 8, 9]  # along the dim: on 4 ranks 5 is 2, 2, 1, 0, and 9 is 3, 3, 3, 0
@@ -54,7 +54,7 @@ def slices_here() -> None:
     torch.testing.assert_close(mf.slice_gather(piece, None, 1, size=8), x, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_slices_are_those_of_torch_chunk_and_gather_to_the_whole(ranks: int) -> None:
     run_ranks(slices_here, ranks)
 
@@ -81,7 +81,7 @@ def gradients_here(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_gradients_are_gathered_sliced_or_reduced(ranks: int, dtype: torch.dtype) -> None:
     run_ranks(gradients_here, ranks, dtype)
 
@@ -116,7 +116,7 @@ def sequence_parallel_here() -> None:
     torch.testing.assert_close(grad_x, want[0])
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_a_block_over_slices_has_the_gradients_of_the_whole(ranks: int) -> None:
     run_ranks(sequence_parallel_here, ranks)
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import moecomm.functional as mf
 from tests.parallel.test_slices import chunk
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 A2A, GATHER = "all_to_all_single", "all_gather_into_tensor"
@@ -60,7 +60,7 @@ def sums_here(dtype: torch.dtype) -> None:
             assert (traffic.collectives, back.collectives) == (([A2A], [GATHER]) if ranks > 1 else ([], []))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sums_are_rounded_once_and_their_gradients_are_what_the_ranks_have_in_common(ranks: int, dtype: torch.dtype) -> None:
     run_ranks(sums_here, ranks, dtype)

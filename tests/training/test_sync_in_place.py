@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import moecomm.functional as mf
 from moecomm.errors import MoECommError
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 from tests.training.test_sync_params import A2A, GATHER, assert_reduced, same
 
@@ -72,7 +72,7 @@ def in_place_here(src: int, bucket_bytes: int) -> None:
         assert traffic.collectives == [A2A] + ["broadcast"] * 5  # what is to be sent, then a dtype each
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 @pytest.mark.parametrize("bucket_bytes", [1, 30, 2**20])
 def test_the_parameters_and_buffers_of_src_overwrite_the_others(ranks: int, bucket_bytes: int) -> None:
     run_ranks(in_place_here, ranks, ranks - 1, bucket_bytes)
@@ -112,7 +112,7 @@ def grads_here(some_missing: bool) -> dict[tuple[str, str], list[Tensor | None]]
     return results
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 @pytest.mark.parametrize("some_missing", [False, True])
 def test_gradients_become_the_ranks_mean_or_sum_in_place(ranks: int, some_missing: bool) -> None:
     params = [trained(rank, some_missing) for rank in range(ranks)]

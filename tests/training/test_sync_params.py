@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 import moecomm.functional as mf
 from tests.ops.cases import assert_within_rounding
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 A2A, GATHER = "all_to_all_single", "all_gather_into_tensor"
@@ -83,7 +83,7 @@ def params_here(src: int) -> None:
     assert torch.equal(mf.sync_params(torch.tensor(dist.get_rank()), None, src), torch.tensor(src))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_every_rank_has_the_parameters_of_src(ranks: int) -> None:
     for src in {0, ranks - 1}:
         run_ranks(params_here, ranks, src)
@@ -116,7 +116,7 @@ def assert_reduced(got: list[Tensor], parts: list[list[Tensor]], divisor: int) -
         assert_within_rounding(mine, stacked.sum(0), stacked.abs().sum(0), len(parts) * wide)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_the_gradients_are_the_mean_the_sum_or_the_ranks_own(ranks: int) -> None:
     needed = [i for i, leaf in enumerate(tree_leaves(tree_of(0))) if leaf.requires_grad]
     parts = [[gradients_of(rank)[i] for i in needed] for rank in range(ranks)]
@@ -192,6 +192,7 @@ def graphs_here() -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_the_graph_is_the_same_on_every_rank() -> None:
     first, *others = run_ranks(graphs_here, 4, timeout=200)
     assert all(texts == first for texts in others)

@@ -134,6 +134,7 @@ def instead(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return re.findall("`(.+?)`", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_what_is_named_as_nearest_fits(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"ranks": (3, 4, 6, 8), "pp": (1, 2, 3), "tp": (1, 2, 3), "etp": (1, 2, 3), "experts": (7, 8)}
     refused = 0

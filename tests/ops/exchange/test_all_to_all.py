@@ -18,7 +18,7 @@ from moecomm.ops.exchange.all_to_all import combine_exchange, dispatch_exchange,
 from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.messages import messages_exchange
 from tests.ops.cases import IN_FLIGHT, assert_within_rounding, seeded
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 PAIRS = {  # [P, P]: how many pairs each rank sends to each
     2: ([[2, 3], [0, 1]], [[0, 0], [4, 0]], [[0, 0], [0, 0]], [[3, 3], [3, 3]]),
@@ -92,7 +92,7 @@ def sums(here: dict[str, Tensor], weighted: bool) -> tuple[Tensor, Tensor]:
     return y, sizes
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 @pytest.mark.parametrize("d", [5, 0])
 def test_what_arrives_is_what_was_sent_here_in_the_order_of_the_ranks(ranks: int, d: int) -> None:
     for pairs in PAIRS[ranks]:
@@ -118,7 +118,7 @@ def messages_here() -> tuple[Tensor, list[Tensor]]:
     return torch.cat((messages, few), 1), [wait(messages_exchange(messages, with_few, "numbers", group)) for with_few in (few, None)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_each_rank_has_its_message_of_every_other(ranks: int) -> None:
     sent, received = zip(*run_ranks(messages_here, ranks), strict=True)
     full, empty = zip(*received, strict=True)

@@ -11,7 +11,7 @@ from torch.library import opcheck
 import moecomm.functional as mf
 from moecomm.ops.exchange.dispatch_combine import combine, dispatch
 from tests.ops.cases import COMPOSED, assert_within_rounding, check_gradients_across_ranks, gradient_of, routing, seeded
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 TOKENS = {2: ((4, 3), (0, 3), (0, 0)), 4: ((2, 0, 3, 1),)}
 NUM_EXPERTS, K = 4, 2
@@ -43,7 +43,7 @@ def both_ways(tokens: tuple[int, ...], d: int, dtype: torch.dtype) -> tuple[Tens
     return rows, y, same
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_reach_their_experts_and_come_back_weighted(ranks: int, dtype: torch.dtype) -> None:
     local = NUM_EXPERTS // ranks
@@ -83,6 +83,7 @@ def gradients(tokens: tuple[int, ...], d: int, max_rows: int | None = None) -> N
         check_gradients_across_ranks(gradient_of(function), *inputs, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_first_and_second_derivatives_across_ranks(ranks: int) -> None:
     for tokens in TOKENS[ranks]:

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from moecomm.ops.exchange.slices import pad_rows, pad_slice, slice_gather, slice_reduce, slice_scatter, take_slice
 from tests.ops.cases import COMPOSED, assert_within_rounding, check_gradients_across_ranks, seeded
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 SIZES = (0, 1, 3, 4, 5, 8)  # below, at and above a multiple of 2 and of 4 ranks
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
@@ -49,7 +49,7 @@ def there_and_back() -> None:
                         assert back.is_contiguous()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_slices_are_chunks_and_gather_to_the_whole(ranks: int) -> None:
     run_ranks(there_and_back, ranks)
 
@@ -72,7 +72,7 @@ def reduce_slices() -> None:
                 assert torch.equal(got, slice_reduce(parts[rank], dim, length, ranks, name))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_reduce_adds_up_in_float32_and_gives_the_same_bits_again(ranks: int) -> None:
     run_ranks(reduce_slices, ranks)
 
@@ -97,7 +97,7 @@ def gradients() -> None:
             assert torch.equal(grad, chunks(cotangent, dim, ranks)[rank])
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_gradients_across_ranks(ranks: int) -> None:
     run_ranks(gradients, ranks)
 

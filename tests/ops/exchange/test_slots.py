@@ -25,7 +25,7 @@ from tests.ops.cases import (
     routing,
     seeded,
 )
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 TOKENS = {2: (5, 3), 4: (3, 0, 5, 1)}  # of each rank
@@ -94,7 +94,7 @@ def exchange(tokens: tuple[int, ...], k: int, num_experts: int, most: int | None
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_slots_arrive_with_their_rows(ranks: int, early: bool) -> None:
     """With local experts that need 1, 2 and 4 bytes, at both sides of the limits."""
     sizes = ((1, 2, None), (3, 2, None), (2, 128, None), (2, 129, None), (2, 2**15, None), (2, 2**15 + 1, None))
@@ -120,7 +120,7 @@ def gradients(tokens: tuple[int, ...]) -> None:
         check_gradients_across_ranks(gradient_of(lambda weights, exchanged=exchanged: exchanged(weights)[0]), weights)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, FOUR])
 def test_gradient_of_the_weights_comes_home_and_its_own_does(ranks: int) -> None:
     run_ranks(gradients, ranks, TOKENS[ranks])
 

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.sync_params import all_reduce, split_copy, start_broadcast, sync_params
 from tests.ops.cases import COMPOSED, FLOATS, IN_FLIGHT, assert_within_rounding, seeded
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 SHAPES = ((3, 4), (), (0, 2), (5,))
 DTYPES = (*FLOATS, torch.float64, torch.int16, torch.int64, torch.bool, torch.uint16, torch.complex64, torch.float8_e4m3fn)
@@ -41,7 +41,7 @@ def broadcast_here() -> None:
     assert none.shape == (0,)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_the_tensors_of_src_come_to_every_rank_in_any_dtype(ranks: int) -> None:
     run_ranks(broadcast_here, ranks)
 
@@ -63,7 +63,7 @@ def all_reduce_here() -> list[Tensor]:
     return all_reduce(mine, ranks, ranks, name)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_all_reduce_agrees_with_float64_and_is_the_same_on_every_rank(ranks: int) -> None:
     first, *others = run_ranks(all_reduce_here, ranks)
     for other in others:

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from moecomm.ops.routing.place_slots import place, place_cpu, place_fake, place_triton, placement_table
 from tests.ops.cases import assert_same_layout, guarded, routing, strided
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 
 CPU = torch.device("cpu")
 PLACEMENTS = {  # by the number of ranks; E is one more than the highest id
@@ -53,7 +53,7 @@ def places_here(device: str) -> None:
             assert_places(routing(tokens, k, most(placement), seed=tokens), placement, rank, dist.group.WORLD.group_name, device)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_place_agrees_with_a_loop_on_every_rank(ranks: int, device: str) -> None:
     run_ranks(places_here, ranks, device)
 

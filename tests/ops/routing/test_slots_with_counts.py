@@ -38,7 +38,7 @@ def unpacked(room: Tensor, pairs: int, k: int, local: int, dtype: torch.dtype) -
     return ids.tolist(), weights.tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "k", "local"), ROUTINGS)
 def test_each_rank_is_sent_the_slots_of_its_pairs(tokens: int, k: int, local: int, dtype: torch.dtype, device: str) -> None:
     experts, weights, keys = chosen(tokens, k, local, dtype)

@@ -82,8 +82,8 @@ def check_gradients(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, 
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("k", [1, 2, 8])
-@pytest.mark.parametrize("d", [0, 1, 17, 1024, 1500])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("d", [0, 1, 17, pytest.param(1024, marks=pytest.mark.slow), 1500])
 def test_both_paths_agree_with_a_float64_loop(k: int, d: int, dtype: torch.dtype, device: str) -> None:
     """To one rounding to the dtype, beside what accumulation in float32 allows."""
     for weight_dtype in {torch.float32, dtype}:
