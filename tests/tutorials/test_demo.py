@@ -180,6 +180,7 @@ def test_interrupted_and_resumed_it_ends_as_if_undisturbed(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_second_interrupt_ends_all_ranks_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, "--steps", "400")
     read_until(process, "bytes to train on")
