@@ -13,6 +13,7 @@ from moecomm.layer.make_plan import plan
 from moecomm.layer.plan import Plan
 from moecomm.layer.quantized import Quantized, dequantize
 from moecomm.layer.route import route
+from moecomm.layer.row_experts import row_experts
 from moecomm.layer.row_weights import row_weights
 from moecomm.parallel.slices import slice_gather, slice_reduce, slice_scatter
 from moecomm.parallel.sums import sum_gradient, sum_ranks
@@ -35,6 +36,7 @@ __all__ = [
     "load_balance_loss",
     "plan",
     "route",
+    "row_experts",
     "row_weights",
     "slice_gather",
     "slice_reduce",

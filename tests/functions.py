@@ -84,6 +84,7 @@ CALLS: dict[str, list[Call]] = {
         lambda i, group: mf.route(i.logits, K),
         lambda i, group: mf.route(i.logits, K, score="sigmoid", bias=i.logits[0].detach()),
     ],
+    "row_experts": [lambda i, group: i.x[:, 0].sum() + mf.row_experts(plan(i, group, align=4))],
     "row_weights": [lambda i, group: mf.row_weights(plan(i, group)), lambda i, group: mf.row_weights(plan(i, group, max_rows=T))],
     "slice_gather": [
         lambda i, group: mf.slice_gather(i.x, group),

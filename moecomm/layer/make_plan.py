@@ -52,8 +52,9 @@ def plan(
         experts: [T, K], integer dtype: the expert of each slot; -1 drops the slot. An expert may be in several slots of a
             token. T may differ between ranks and may be 0.
         weights: [T, K], floating dtype: the weight of each slot in the sum that `combine` makes.
-        num_experts: E, the experts on all ranks together; at least K. Without ``placement`` a multiple of P.
-        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group.
+        num_experts: E, the experts on all ranks together. Without ``placement`` a multiple of P.
+        group: a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name, or None for the default group. "" is this
+            process alone: nothing is sent, also where the default group spans many ranks, as under DDP.
         placement: [P, L], the same on all ranks: row p lists the experts of rank p in their local order. Lists, tuples, or
             an integer tensor on the CPU. Every expert is on some rank. An expert on several ranks has a replica on each;
             `sync_replicas_` and `sync_replica_grads_` keep the replicas' weights equal.

@@ -73,8 +73,8 @@ def _check(
         wrong_type("num_experts", type(num_experts).__name__, "an int")
     if num_experts < 1 or (divisor is not None and num_experts % divisor):
         wrong_value("num_experts", num_experts, "at least 1" if divisor is None else f"a positive multiple of the group's {divisor} ranks")
-    if not 1 <= experts.shape[1] <= num_experts:
-        wrong_value("experts", f"of shape {list(experts.shape)}, K = {experts.shape[1]}", f"of 1 <= K <= num_experts = {num_experts}")
+    if experts.shape[1] < 1:
+        wrong_value("experts", f"of shape {list(experts.shape)}, K = 0", "of K >= 1")
     for leaf in like:
         check_tensor("like", leaf, "[T, ...], or a pytree of them")
         if leaf.dim() == 0 or differ(leaf.shape[0], experts.shape[0]):

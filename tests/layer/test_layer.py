@@ -142,6 +142,28 @@ def test_a_layer_and_its_gradients_agree_with_every_expert_computed_densely(rank
             assert error <= 1, f"{name} is {error} times its tolerance off in {case}"
 
 
+def surplus_here() -> None:
+    """Each token's real slots are spread over more slots than there are experts."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(9, D, generator=generator).requires_grad_()
+    experts = torch.rand(9, 4, generator=generator).argsort(1)[:, :2]
+    weights = torch.rand(9, 2, generator=generator).requires_grad_()
+    places = torch.rand(9, 7, generator=generator).argsort(1)[:, :2].sort(1).values
+    wide = torch.full((9, 7), -1).scatter(1, places, experts)
+    for max_rows in (None, 40, 5):
+        answers = []
+        for ids, factors in ((experts, weights), (wide, torch.zeros(9, 7).scatter(1, places, weights))):
+            plan = mf.plan(ids, factors, 4, like=x, max_rows=max_rows)
+            y = mf.combine(mf.dispatch(x, plan).sin(), plan)
+            answers.append([y, *torch.autograd.grad(y.square().sum(), (x, weights))])
+        for got, want in zip(*reversed(answers), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_token_may_have_more_slots_than_there_are_experts() -> None:
+    run_ranks(surplus_here, 2)
+
+
 def test_a_layer_needs_no_process_group() -> None:
     assert not dist.is_initialized()
     for dtype in UNITS:

@@ -29,6 +29,7 @@ CASES = [
     Case(1, 4, torch.int64),
     Case(2, 8, torch.int32),
     Case(8, 8, torch.int64, transposed=True),
+    Case(7, 4, torch.int64),  # more slots than experts
     Case(8, 64, torch.int16),
     Case(4, 64, torch.int8),
     Case(2, 200, torch.uint8, lowest=0),
