@@ -6,11 +6,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Each of the processes that run tests side by side has a core, and so has what it starts. Read when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before moecomm is imported
+
+# The examples of an integration are collected where its library is installed.
+collect_ignore = [] if find_spec("transformers") else ["moecomm/integrations/transformers.py"]
 
 
 @pytest.fixture(autouse=True)
