@@ -44,8 +44,7 @@ class Dense(nn.Module):
 # %% A Mixture-of-Experts layer
 # The gate scores the experts. `route` chooses K experts for each token, and `plan` decides which rank gets which token. `dispatch` sends
 # the tokens: each rank gets the rows of its own experts, grouped by expert, ready for one grouped matrix product. `combine` sends the
-# results back and adds them up. The gate's weight of each row, `row_weights`, is multiplied in before the last matrix. Gradients travel the
-# same way in reverse.
+# results back and adds them up; each row was multiplied by the gate's weight on the way. Gradients travel the same way in reverse.
 
 
 class MoE(nn.Module):
@@ -62,9 +61,8 @@ class MoE(nn.Module):
         plan = mf.plan(experts, weights, EXPERTS)  # default group: all ranks, or only this process
         rows = mf.dispatch(x, plan)  # [N, D]
         hidden = F.silu(product(rows, self.into, plan.offsets)) * mf.row_weights(plan).unsqueeze(1)  # [N, HIDDEN]
-        rows = product(hidden, self.out, plan.offsets)  # [N, D]
         balance = mf.load_balance_loss(logits.softmax(-1), experts, group=None)
-        return mf.combine(rows, plan, weighted=False), balance
+        return mf.combine(product(hidden, self.out, plan.offsets), plan, weighted=False), balance
 
 
 def product(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
