@@ -59,7 +59,8 @@ def layer_keeps(device: str, size: Sizes) -> list[Line]:
     for way in eager.values():
         check_whole(way, torch.bfloat16, device)
     lines = []
-    for name, way in eager | {name: compiled(way, partition) for name, (way, partition) in COMPILED.items()}.items():
+    graphs = {name: compiled(*way) for name, way in COMPILED.items()}
+    for name, way in (eager | graphs).items():
         forward: Callable[[], Tensor] = partial(way, *given)
         y = forward()
         if name in COMPILED:

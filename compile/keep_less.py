@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from functorch.compile import min_cut_rematerialization_partition
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
