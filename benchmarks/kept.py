@@ -64,7 +64,7 @@ def layer_keeps(device: str, size: Sizes) -> list[Line]:
         forward: Callable[[], Tensor] = partial(way, *given)
         y = forward()
         if name in COMPILED:
-            torch.testing.assert_close(y, COMPILED[name][0](*given))
+            torch.testing.assert_close(y, COMPILED[name][0](*given), rtol=0, atol=0.01 * y.abs().max().item())
         lines.append(exact(name, LEAST, held(forward, device), least) | {"what": "kept", "dtype": "bfloat16"} | size._asdict())
     return lines
 
