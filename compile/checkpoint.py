@@ -185,8 +185,9 @@ class _Forward(_Region):
 
     def run(self, call: Any, op: Any, args: Any, kwargs: Any) -> Any:
         result = op(*args, **kwargs)
-        told = self.policy(SelectiveCheckpointContext(is_recompute=False), op, *args, **kwargs)
-        if told in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
+        context = SelectiveCheckpointContext(is_recompute=False)
+        context.op_output = result  # torch 2.11 has no argument for it
+        if self.policy(context, op, *args, **kwargs) in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
             own = tree_map_only(Tensor, _detached, result)
             self.kept[call] = own, _versions(own)
             self.late.append(call)

@@ -112,7 +112,7 @@ def test_the_most_that_is_held_and_what_is_kept_are_counted_in_bytes() -> None:
     assert timing.saved(two_steps, (x, weight)) == 100 * 100 * 4
     assert timing.saved(two_steps, ()) == 2 * 100 * 100 * 4  # and the weight
     assert timing.peak(lambda: torch.ones(1000).sin().sin(), "cpu") == 2 * 1000 * 4
-    assert timing.held(two_steps, "cpu") == 100 * 100 * 4
+    assert timing.held(two_steps, "cpu") == 100 * 100 * 4 + 8  # and the factor
 
 
 def test_repeats_take_turns_and_a_ratio_is_of_one_repeat() -> None:

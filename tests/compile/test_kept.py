@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import grouped_mm, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint
 
 import moecomm.functional as mf
 from moecomm.compile.checkpoint import contexts, save_matmuls
@@ -203,6 +203,22 @@ def test_a_second_backward_and_second_derivatives_are_those_of_the_plain_layer()
         answers.append([*first, *again, *second])
     for one, other in zip(*answers, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_policy_of_ones_own_sees_the_result_and_what_it_saves_is_not_computed_again() -> None:
+    def wide(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if context.op_output.numel() > 4 else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def region(x: Tensor) -> Tensor:
+        return x.expand(3, 4).exp().sin().sum(0).cos().sin()
+
+    x = torch.ones(4, requires_grad=True)
+    y = checkpoint(region, x, use_reentrant=False, context_fn=partial(contexts, wide))
+    with Ops() as ops:
+        y.sum().backward()
+    assert ops.names.count("exp") == 0
+    assert ops.names.count("cos") == 3  # the one of the region, and the gradients of two sines
+    torch.testing.assert_close(x.grad, torch.autograd.grad(region(x).sum(), x)[0], rtol=0, atol=0)
 
 
 def test_what_is_kept_may_not_be_changed_in_place() -> None:
