@@ -107,7 +107,7 @@ def call(op: Any, *args: Any) -> Any:
 def direct(op: Any, cpu: Callable[..., Any], cuda: Callable[..., Any], function: type[torch.autograd.Function] | None) -> Any:
     """Let `call` run an op by these; returns the op."""
     # autograd.Function's own apply, in Python, is for transforms, which `call` leaves to the dispatcher. What it calls takes half the time.
-    apply = None if function is None else super(torch.autograd.Function, function).apply
+    apply = None if function is None else super(torch.autograd.Function, function).apply  # type: ignore[misc]
     _DIRECT[op] = _Direct(cpu, cuda, apply)
     return op
 
