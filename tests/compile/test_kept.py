@@ -30,6 +30,7 @@ from tests.traffic import Traffic
 
 D, H, NUM_EXPERTS, K = 64, 1024, 4, 2  # wide, so that a plan's indices do not count; matmuls of bfloat16 are slow on many CPUs
 TOKENS = (256, 96)
+STATIC: dict[str, Any] = {"max_rows": max(TOKENS)}
 
 
 def layer(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, **mode: Any) -> Tensor:
@@ -103,8 +104,8 @@ def checkpointed(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def eager_here() -> None:
     given = inputs()
-    for mode in ({}, {"max_rows": max(TOKENS)}):
-        for region in (layer, inside):
+    for mode in ({}, STATIC):
+        for region in (layer, inside) if not mode else (layer,):
             run = partial(region, **mode)
             want, much, plain, expected = step(run, given)
             got, kept, backward, traffic = step(checkpointed(run), given)
@@ -162,25 +163,27 @@ def wide(forward: torch.fx.Graph) -> set[str]:
     return {name for name, value in values.items() if name not in views and value.dim() == 2 and value.shape[1] >= D}
 
 
-def compiled_here() -> None:
+def compiled_here(mode: dict[str, Any]) -> None:
     given = inputs()
     there = dist.get_world_size() > 1
-    for mode in ({}, {"max_rows": max(TOKENS)}):
-        run, least = partial(layer, **mode), lean_bytes(given, **mode)
-        want, *_ = step(run, given)
-        ways = (run, torchs), (checkpointed(run), torchs), (run, keep_less)
-        plain, *lean = (compiled(way, given, want, partition) for way, partition in ways)
-        assert plain.bytes > 1.2 * least  # torch's own choice: the rows and the activation as well
-        for found in lean:
-            assert least <= found.bytes < 1.03 * least, (found.bytes, least, mode)
-            assert found.wide == {"_grouped_mm", *(["wait_tensor"] if there else [])}
-            assert found.backward == plain.backward
+    run, least = partial(layer, **mode), lean_bytes(given, **mode)
+    want, *_ = step(run, given)
+    ways = (run, torchs), (checkpointed(run), torchs), (run, keep_less)
+    plain, *lean = (compiled(way, given, want, partition) for way, partition in ways)
+    assert plain.bytes > 1.2 * least  # torch's own choice: the rows and the activation as well
+    for found in lean:
+        assert least <= found.bytes < 1.03 * least, (found.bytes, least)
+        assert found.wide == {"_grouped_mm", *(["wait_tensor"] if there else [])}
+        assert found.backward == plain.backward
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
-def test_compiled_the_policy_and_keep_less_keep_just_that_and_repeat_no_exchange_and_no_matmul(ranks: int) -> None:
-    run_ranks(compiled_here, ranks, timeout=300)
+@pytest.mark.parametrize(
+    ("ranks", "mode"),
+    [(2, {}), *(pytest.param(ranks, mode, marks=pytest.mark.exhaustive) for ranks, mode in ((1, {}), (1, STATIC), (2, STATIC)))],
+)
+def test_compiled_the_policy_and_keep_less_keep_just_that_and_repeat_no_exchange_and_no_matmul(ranks: int, mode: dict[str, Any]) -> None:
+    run_ranks(compiled_here, ranks, mode, timeout=300)
 
 
 def test_keep_less_makes_no_rows_again_that_no_backward_reads() -> None:
