@@ -29,12 +29,13 @@ from benchmarks.gpu_peers import LAYERS, runs, wholes
 from benchmarks.inputs import routed
 from benchmarks.peers import MOECOMM, ON_ONE, Compute
 from benchmarks.timing import Line, command, compared, exact, interleaved, peak, said
-from benchmarks.whole import Sizes, Whole, check_whole, matrices, swiglu, with_experts
+from benchmarks.whole import Sizes, Whole, check_whole, lean, matrices, swiglu, with_experts
 
 ON_CPU = (Sizes(1024, 512, 256, 16, 4),)
 ON_GPU = (Sizes(8192, 7168, 2048, 256, 8), Sizes(16384, 2048, 768, 128, 8))  # as DeepSeek-V3 has, and as Qwen3-30B-A3B has
 REPEATS = 7
-STATIC, GRAPH, FLOOR, ALONE, DENSE = (
+LEAN, STATIC, GRAPH, FLOOR, ALONE, DENSE = (
+    "moecomm, lean",
     "moecomm, static",
     "moecomm, static, in a CUDA graph",
     "grouped_mm and copies",
@@ -60,7 +61,7 @@ def layer_with_experts(device: str, size: Sizes) -> list[Line]:
     ways = {
         name: with_experts(layer)
         for name, layer in ({MOECOMM: ON_ONE[MOECOMM], STATIC: static, "k_fold": ON_ONE["k_fold"]} | permuted).items()
-    }
+    } | {LEAN: lean}
     for way in ways.values():
         check_whole(way, torch.bfloat16, device)
     x, experts, weights, grad = routed(size.tokens, size.dim, size.experts, size.k, torch.bfloat16, device)

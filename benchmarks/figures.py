@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "cpu_time": ("CPU time of one step", layer_tables.cpu_time),
     "floors": ("Each op compared with a copy of its rows", tables.floors),
     "experts": ("A layer with experts", tables.experts),
+    "kept": ("What a layer keeps for its backward pass", tables.kept),
     "sweep": ("How the cost grows with each variable", sweep_tables.sweep),
     "links": ("The exchange model: predicted and measured", tables.links),
 }

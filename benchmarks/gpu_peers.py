@@ -1,4 +1,4 @@
-"""How fast are the layers of other projects on a GPU? Each one that is installed runs beside those of `benchmarks/peers.py`.
+"""How fast are the layers of other projects, and what do they keep? Each one that is installed runs beside those of `benchmarks/peers.py`.
 
 They are called through the public functions of these versions:
 
@@ -8,9 +8,12 @@ They are called through the public functions of these versions:
   with map_type="index", the map of [T, K] ids.
 - ScatterMoE (shawntan/scattermoe at 2d15f31, not on PyPI; scattermoe/parallel_experts.py): ``flatten_sort_count``, ``parallel_linear``.
 - SonicMoE 0.1.2.post1 (Dao-AILab/sonic-moe, sonicmoe/functional/__init__.py): ``moe_general_routing_inputs``. It needs Python 3.12.
+- Liger-Kernel 0.8.5 (linkedin/Liger-Kernel, liger_kernel/ops/fused_moe.py): ``LigerFusedMoEFunction``.
+- Transformers 5.24 (huggingface/transformers, transformers/models/qwen3_moe and integrations/moe.py): ``Qwen3MoeExperts``, grouped_mm. It
+  runs on a CPU too.
 
-The first two permute rows and take any experts: each is a `peers.Layer`. The other two join the permutation to the matmuls of SwiGLU
-experts: each is a `Whole`. None drops slots. A project is left out if it is not installed, cannot run here, or fails the check against the
+The first two permute rows and take any experts: each is a `peers.Layer`. The others have SwiGLU experts of their own: each is a `Whole`.
+None drops slots. A project is left out if it is not installed, cannot run here, or fails the check against the
 dense float64 layer. A line then says why.
 """
 
@@ -65,8 +68,23 @@ def sonicmoe(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Ten
     return y
 
 
+def liger(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    return import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction.apply(x, into, out, experts.int(), weights)
+
+
+def transformers(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    qwen = import_module("transformers.models.qwen3_moe")
+    e, d, h = out.shape
+    config = qwen.configuration_qwen3_moe.Qwen3MoeConfig(hidden_size=d, moe_intermediate_size=h, num_experts=e)
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        layer = qwen.modeling_qwen3_moe.Qwen3MoeExperts(config)
+    return torch.func.functional_call(layer, {"gate_up_proj": into, "down_proj": out}, (x, experts, weights))
+
+
 LAYERS: dict[str, Layer] = {"megablocks": megablocks, "transformer_engine": transformer_engine}
-WHOLES: dict[str, Whole] = {"scattermoe": scattermoe, "sonicmoe": sonicmoe}
+WHOLES: dict[str, Whole] = {"scattermoe": scattermoe, "sonicmoe": sonicmoe, "liger": liger, "transformers": transformers}
+ON_CPU = {"transformers"}
 
 
 def ways(device: str, dtype: torch.dtype, without: Sequence[str] = ()) -> dict[str, Layer]:
@@ -81,23 +99,23 @@ def ways(device: str, dtype: torch.dtype, without: Sequence[str] = ()) -> dict[s
 
 def wholes(device: str, dtype: torch.dtype) -> dict[str, Whole]:
     """The layers with experts of their own that run here; each was checked."""
-    return {name: layer for name, layer in WHOLES.items() if device == "cuda" and runs(name, dtype)}
+    return {name: layer for name, layer in WHOLES.items() if (device == "cuda" or name in ON_CPU) and runs(name, dtype, device)}
 
 
 @cache
-def runs(name: str, dtype: torch.dtype) -> bool:
-    """Whether the peer is installed and right on this GPU; once it is not, a line says why."""
-    why = reason(lambda: _try(name, dtype))
+def runs(name: str, dtype: torch.dtype, device: str = "cuda") -> bool:
+    """Whether the peer is installed and right on this device; once it is not, a line says why."""
+    why = reason(lambda: _try(name, dtype, device))
     if why:
         print(f"{name} is left out: {why}", flush=True)
     return not why
 
 
-def _try(name: str, dtype: torch.dtype) -> None:
+def _try(name: str, dtype: torch.dtype, device: str) -> None:
     if name in LAYERS:
-        check(LAYERS[name], dtype, 8, device="cuda", dropped=0.0, dim=64)
+        check(LAYERS[name], dtype, 8, device=device, dropped=0.0, dim=64)
     else:
-        check_whole(WHOLES[name], dtype, "cuda")
+        check_whole(WHOLES[name], dtype, device)
 
 
 def reason(attempt: Callable[[], Any]) -> str:

@@ -84,6 +84,14 @@ def experts(results: Line) -> str:
     )
 
 
+def kept(results: Line) -> str:
+    rows = [
+        [line["case"], f"{line['amounts'][0] / 2**20:.1f}", f"{line['ratio']:.2f}", sized(line)]
+        for line in sorted(results["lines"], key=lambda line: (line["tokens"], -line["ratio"]))
+    ]
+    return ran(results["about"]) + "\n\n" + table(["way", "MiB kept", "/ N * 2 H", "sizes"], rows)
+
+
 def links(results: Line) -> str:
     about, lines = results["about"], results["lines"]
     link = lines[0]["link"]

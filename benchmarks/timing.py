@@ -7,6 +7,7 @@ repeats. With several ranks the slowest one counts.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -34,7 +35,9 @@ MEMORY = {
     INSTALLED: {},
 }
 QUIET = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler says on stderr that it starts and stops
-PACKAGES = ("torch", "triton", "numpy", "megablocks", "scattermoe", "sonic-moe", "transformer-engine")
+PACKAGES = (
+    "torch", "triton", "numpy", "liger-kernel", "megablocks", "scattermoe", "sonic-moe", "transformer-engine", "transformers",
+)  # fmt: skip
 MOST_REPEATS = 41
 FLUSHED = 2**28  # bytes that are written before each repeat on a GPU: some times its L2
 Line = dict[str, Any]
@@ -188,11 +191,26 @@ def _peak_on_cpu(run: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = most = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(_memory_events(profile), key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def _memory_events(profile: torch.profiler.profile) -> list[Any]:
+    return [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+
+
+def held(forward: Callable[[], Tensor], device: str) -> int:
+    """The bytes that are still allocated after a forward pass, but for its result: what the backward pass keeps. It has run before."""
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        y = forward()
+        return torch.cuda.memory_allocated() - before - y.nbytes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        y = forward()
+    return sum(event.nbytes() for event in _memory_events(profile)) - y.nbytes
 
 
 def saved(forward: Callable[[], object], own: Iterable[Tensor]) -> int:

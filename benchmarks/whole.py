@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
+import moecomm.functional as mf
 from benchmarks.inputs import routed
 from benchmarks.peers import Layer
 
@@ -42,6 +43,14 @@ def with_experts(layer: Layer) -> Whole:
         return layer(x, experts, weights, into.shape[0], lambda rows, ends, _: swiglu(rows, ends, into, out))  # type: ignore[arg-type]
 
     return whole
+
+
+def lean(x: Tensor, experts: Tensor, weights: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    """moecomm's layer whose experts multiply the weights in before the last matmul."""
+    plan = mf.plan(experts, weights, into.shape[0], like=x)
+    gate, up = grouped_mm(mf.dispatch(x, plan), into.transpose(1, 2), offs=plan.offsets).to(plan.weights.dtype).chunk(2, dim=-1)
+    hidden = silu(gate) * up * mf.row_weights(plan).unsqueeze(1)  # [N, H], rounded once
+    return mf.combine(grouped_mm(hidden.to(x.dtype), out.transpose(1, 2), offs=plan.offsets), plan, weighted=False)
 
 
 def check_whole(way: Whole, dtype: torch.dtype, device: str) -> None:

@@ -44,7 +44,7 @@ class Dense(nn.Module):
 # %% A Mixture-of-Experts layer
 # The gate scores the experts. `route` chooses K experts for each token, and `plan` decides which rank gets which token. `dispatch` sends
 # the tokens: each rank gets the rows of its own experts, grouped by expert, ready for one grouped matrix product. `combine` sends the
-# results back and adds them up with the gate's weights. Gradients travel the same way in reverse.
+# results back and adds them up; each row was multiplied by the gate's weight on the way. Gradients travel the same way in reverse.
 
 
 class MoE(nn.Module):
@@ -60,9 +60,9 @@ class MoE(nn.Module):
         weights, experts = mf.route(logits, TOP_K)  # [T, K] each
         plan = mf.plan(experts, weights, EXPERTS)  # default group: all ranks, or only this process
         rows = mf.dispatch(x, plan)  # [N, D]
-        rows = product(F.silu(product(rows, self.into, plan.offsets)), self.out, plan.offsets)  # [N, D]
+        hidden = F.silu(product(rows, self.into, plan.offsets)) * mf.row_weights(plan).unsqueeze(1)  # [N, HIDDEN]
         balance = mf.load_balance_loss(logits.softmax(-1), experts, group=None)
-        return mf.combine(rows, plan), balance
+        return mf.combine(product(hidden, self.out, plan.offsets), plan, weighted=False), balance
 
 
 def product(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

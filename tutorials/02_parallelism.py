@@ -32,8 +32,8 @@ def layer(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, group: GroupLike, 
     rows = mf.dispatch(x, plan)  # [N, D]
     ends = torch.arange(rows.shape[0], dtype=torch.int32)
     expert = torch.searchsorted(plan.offsets, ends, right=True)  # [N]; grouped_mm has no float64 kernel
-    rows = torch.einsum("nh,nhd->nd", F.silu(torch.einsum("nd,ndh->nh", rows, into[expert])), out[expert])
-    return mf.combine(rows, plan)
+    hidden = F.silu(torch.einsum("nd,ndh->nh", rows, into[expert])) * mf.row_weights(plan).unsqueeze(1)  # [N, H]
+    return mf.combine(torch.einsum("nh,nhd->nd", hidden, out[expert]), plan, weighted=False)
 
 
 # %% One process

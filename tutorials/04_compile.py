@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 import moecomm.functional as mf
-from moecomm.compile.checkpoint import save_received
+from moecomm.compile.checkpoint import contexts, save_matmuls
 from moecomm.compile.report import Report, report
 
 D, HIDDEN, EXPERTS, TOP_K, TOKENS = 32, 64, 8, 2, 128
@@ -33,8 +33,9 @@ class MoE(nn.Module):
         weights, experts = mf.route(self.gate(x), TOP_K)  # [T, K] each
         plan = mf.plan(experts, weights, EXPERTS, like=x)
         rows = mf.dispatch(x, plan).bfloat16()  # [N, D]
-        rows = F.silu(F.grouped_mm(rows, self.into.bfloat16(), offs=plan.offsets))
-        return mf.combine(F.grouped_mm(rows, self.out.bfloat16(), offs=plan.offsets).float(), plan)
+        hidden = F.grouped_mm(rows, self.into.bfloat16(), offs=plan.offsets).float()  # [N, HIDDEN]
+        hidden = (F.silu(hidden) * mf.row_weights(plan).unsqueeze(1)).bfloat16()
+        return mf.combine(F.grouped_mm(hidden, self.out.bfloat16(), offs=plan.offsets).float(), plan, weighted=False)
 
 
 # %% The clean layer
@@ -56,7 +57,8 @@ class Curious(MoE):
 
 # %% Activation checkpointing
 # A checkpointed layer does not keep the experts' activations: the backward pass recomputes them. Without a policy, it also repeats the
-# exchanges and the host sync. `save_received` keeps what came from other ranks, and so repeats none of them.
+# exchanges and the host sync. `save_received` keeps what came from other ranks, and so repeats none of them. `save_matmuls` keeps the
+# results of matmuls too, and repeats cheap work alone.
 
 
 class Checkpointed(MoE):
@@ -66,8 +68,7 @@ class Checkpointed(MoE):
 
 class Selective(MoE):
     def forward(self, x: Tensor) -> Tensor:
-        contexts = partial(create_selective_checkpoint_contexts, save_received)
-        return checkpoint(super().forward, x, use_reentrant=False, context_fn=contexts)
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=partial(contexts, save_matmuls))
 
 
 # %% All four

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks import cpu_time, experts, figures, floors, layer, links, sweep, timing
+from benchmarks import cpu_time, experts, figures, floors, kept, layer, links, sweep, timing
 from benchmarks.inputs import ALL_TO_ONE, ZIPF, routed, step
 from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
 from benchmarks.sweep import Point
@@ -112,6 +112,7 @@ def test_the_most_that_is_held_and_what_is_kept_are_counted_in_bytes() -> None:
     assert timing.saved(two_steps, (x, weight)) == 100 * 100 * 4
     assert timing.saved(two_steps, ()) == 2 * 100 * 100 * 4  # and the weight
     assert timing.peak(lambda: torch.ones(1000).sin().sin(), "cpu") == 2 * 1000 * 4
+    assert timing.held(two_steps, "cpu") == 100 * 100 * 4 + 8  # and the factor
 
 
 def test_repeats_take_turns_and_a_ratio_is_of_one_repeat() -> None:
@@ -158,6 +159,15 @@ def test_a_layer_with_experts_is_measured_beside_matmuls() -> None:
     with patch.object(experts, "REPEATS", 2):
         lines = experts.layer_with_experts("cpu", experts.Sizes(64, 32, 16, 4, 2))
     assert {(MOECOMM, experts.FLOOR), (MOECOMM, experts.DENSE), ("k_fold", MOECOMM)} <= {(line["case"], line["to"]) for line in lines}
+
+
+@pytest.mark.slow
+def test_a_lean_layer_keeps_what_its_name_says_beside_others() -> None:
+    with patch.object(kept, "COMPILED", {name: way for name, way in kept.COMPILED.items() if name.endswith("keep_less")}):
+        ratios = {line["case"]: line["ratio"] for line in kept.layer_keeps("cpu", kept.Sizes(64, 64, 256, 4, 2))}
+    assert set(kept.EAGER) < set(ratios)
+    assert all(1 < ratios[name] < 1.05 for name in ratios if name.endswith(("save_matmuls", "keep_less")))
+    assert all(ratio > 1.5 for name, ratio in ratios.items() if not name.endswith(("save_matmuls", "keep_less")))
 
 
 @pytest.mark.slow
@@ -238,7 +248,7 @@ def test_results_of_a_gpu_are_written_like_those_of_a_cpu() -> None:
     captured = next(line for line in ops if line["case"] == "plan") | {"case": floors.GRAPH}
     assert "<= 60 us: " in written("floors", [*ops, captured])
     assert ">= 85%: " in written("floors", [*ops, captured])
-    assert written("experts", whole).count("<= 1.15: ") == 2
+    assert written("experts", whole).count("<= 1.15: ") == 3
     assert "`moecomm` / floor" in written("layer", one)
     amounts = {"peak": 2**20, "saved": 2**20, "milliseconds": [1.0, 1.0], "low": 1.0, "high": 1.0, "dtype": "bfloat16"}
     points = [

@@ -114,11 +114,45 @@ def _general_routing(
     return torch.zeros_like(x).index_add(0, token[order].long(), rows), ends
 
 
+# Liger-Kernel and Transformers
+
+
+def _fused(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    assert ids.dtype == torch.int32
+    return _experts(x, gate_up, down, ids, weights)
+
+
+def _experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    order = ids.flatten().argsort()
+    ends = torch.bincount(ids.flatten(), minlength=down.shape[0]).cumsum(0)
+    gate, up = grouped(x[order // ids.shape[1]], gate_up.transpose(1, 2), ends).chunk(2, dim=-1)
+    rows = grouped(silu(gate) * up, down.transpose(1, 2), ends) * weights.flatten()[order, None].to(x.dtype)
+    return torch.zeros_like(x).index_add(0, order // ids.shape[1], rows)
+
+
+class _QwenExperts(torch.nn.Module):
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        assert config._experts_implementation == "grouped_mm"
+        e, d, h = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj, self.down_proj = (torch.nn.Parameter(torch.empty(shape)) for shape in ((e, 2 * h, d), (e, d, h)))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        assert not self.gate_up_proj.is_meta
+        return _experts(x, self.gate_up_proj, self.down_proj, ids, weights)
+
+
+LIGER = SimpleNamespace(LigerFusedMoEFunction=SimpleNamespace(apply=_fused))
+QWEN = SimpleNamespace(
+    configuration_qwen3_moe=SimpleNamespace(Qwen3MoeConfig=SimpleNamespace),
+    modeling_qwen3_moe=SimpleNamespace(Qwen3MoeExperts=_QwenExperts),
+)
 SONICMOE = SimpleNamespace(moe_general_routing_inputs=_general_routing)
 MODULES: dict[str, Any] = {
     "megablocks": SimpleNamespace(ops=MEGABLOCKS), "megablocks.ops": MEGABLOCKS,
     "transformer_engine": SimpleNamespace(pytorch=TRANSFORMER_ENGINE), "transformer_engine.pytorch": TRANSFORMER_ENGINE,
     "scattermoe": SCATTERMOE,
+    "liger_kernel.ops.fused_moe": LIGER, "transformers.models.qwen3_moe": QWEN,
     "sonicmoe": SONICMOE, "sonicmoe.enums": SimpleNamespace(ActivationType=SimpleNamespace(SWIGLU="swiglu")),
 }  # fmt: skip
 
@@ -147,7 +181,7 @@ def test_a_layer_with_experts_is_called_as_its_source_says(name: str) -> None:
 def test_a_project_that_is_not_installed_is_left_out_with_a_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     missing = {module: None for module in MODULES if module.startswith(name)}  # as if it could not be found, wherever it is
     gpu_peers.runs.cache_clear()
-    with patch.dict(sys.modules, missing), patch.object(gpu_peers, "_try", lambda name, _: run_here(name)):
+    with patch.dict(sys.modules, missing), patch.object(gpu_peers, "_try", lambda name, *_: run_here(name)):
         assert not gpu_peers.runs(name, torch.float32)
     gpu_peers.runs.cache_clear()
     assert capsys.readouterr().out.startswith(f"{name} is left out: not installed (")

@@ -13,7 +13,11 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 
-def keeping(graphs: list[torch.fx.Graph], change: Callable[[torch.fx.Graph], None] | None = None) -> Any:
+def keeping(
+    graphs: list[torch.fx.Graph],
+    change: Callable[[torch.fx.Graph], None] | None = None,
+    partition: Any = min_cut_rematerialization_partition,
+) -> Any:
     """A backend that runs the graphs as they are, or after the ``change``; what to save between the two is chosen as by Inductor."""
 
     def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -23,7 +27,7 @@ def keeping(graphs: list[torch.fx.Graph], change: Callable[[torch.fx.Graph], Non
         graphs.append(module.graph)
         return make_boxed_func(module.forward)
 
-    return aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    return aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
 
 
 def exchanges(graph: torch.fx.Graph) -> list[str]:

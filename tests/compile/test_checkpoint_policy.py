@@ -1,4 +1,4 @@
-"""Activation checkpointing around layers: right without a policy, and with `save_received` no exchange and no host sync is repeated."""
+"""Activation checkpointing around layers: right without a policy, and with moecomm's policies no exchange and no host sync is repeated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint
 
-from moecomm.compile.checkpoint import save_received
+from moecomm.compile.checkpoint import contexts, save_matmuls, save_received
 from tests import layers, one_process
 from tests.compile.graphs import exchanges, keeping
 from tests.one_process import Run, Sizes
@@ -21,7 +21,7 @@ from tests.spawn import run_ranks
 from tests.traffic import Traffic
 
 D, H, NUM_EXPERTS, K = 16, 24, 8, 2
-SELECTIVE: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, save_received)}
+SELECTIVE: dict[str, Any] = {"context_fn": partial(contexts, save_received)}
 
 
 def layer(x: Tensor, gate: Tensor, into: Tensor, out: Tensor) -> Tensor:
@@ -43,6 +43,10 @@ def full(region: Any, *args: Tensor) -> Tensor:
 
 def selective(region: Any, *args: Tensor) -> Tensor:
     return checkpoint(region, *args, use_reentrant=False, **SELECTIVE)
+
+
+def matmuls_kept(region: Any, *args: Tensor) -> Tensor:
+    return checkpoint(region, *args, use_reentrant=False, context_fn=partial(contexts, save_matmuls))
 
 
 def inputs(dtype: torch.dtype, tokens: int) -> list[Tensor]:
@@ -70,7 +74,7 @@ def eager_here(dtype: torch.dtype) -> None:
         for tokens, messages in ((5 + dist.get_rank(), 3), (4 * dist.get_rank(), 3), (3000, 4)):
             given = inputs(dtype, tokens)
             want, _, expected = results(plain, region, given)
-            for function, again in ((full, True), (selective, False)):
+            for function, again in ((full, True), (selective, False), (matmuls_kept, False)):
                 got, forward, backward = results(function, region, given)
                 for one, other in zip(got, want, strict=True):
                     assert torch.equal(one, other), function.__name__
@@ -151,14 +155,17 @@ def test_checkpointed_blocks_under_fsdp_train_as_one_process(compiled: bool) -> 
         torch.testing.assert_close(run.parameters, expected.parameters, rtol=1e-8, atol=1e-10)
 
 
-def told(op: Any) -> CheckpointPolicy:
-    return save_received(SelectiveCheckpointContext(is_recompute=False), op)
+def told(op: Any, policy: Any = save_received) -> CheckpointPolicy:
+    return policy(SelectiveCheckpointContext(is_recompute=False), op)
 
 
-def test_the_policy_keeps_what_came_and_only_that() -> None:
+def test_the_policies_keep_what_came_and_only_that_or_matmuls_too() -> None:
     names = torch.ops.moecomm, torch.ops._c10d_functional
     kept = [getattr(names[0], name).default for name in ("dispatch_exchange", "combine_exchange", "slots_exchange", "plan_sizes")]
     kept += [getattr(names[1], name).default for name in ("all_to_all_single", "all_reduce", "wait_tensor")]
     assert {told(op) for op in kept} == {CheckpointPolicy.MUST_SAVE}
     made = [names[0].gather.default, names[0].weighted_sum.default, torch.ops.aten.mm.default, names[1].all_reduce_.default]
     assert {told(op) for op in made} == {CheckpointPolicy.PREFER_RECOMPUTE}
+    matmuls = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._grouped_mm.default]
+    assert {told(op, save_matmuls) for op in kept + matmuls} == {CheckpointPolicy.MUST_SAVE}
+    assert {told(op, save_matmuls) for op in made if op not in matmuls} == {CheckpointPolicy.PREFER_RECOMPUTE}

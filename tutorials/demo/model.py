@@ -128,8 +128,8 @@ class MoE(nn.Module):
         every, weights = (mf.slice_gather(each, self.groups.hidden, grad="reduce") for each in (x, weights))
         plan = mf.plan(mf.slice_gather(experts, self.groups.hidden), weights, self.num_experts, self.groups.experts, like=every)
         rows = mf.dispatch(every, plan)  # [N, D]
-        rows = self.experts(rows, plan.offsets)
-        y = mf.slice_reduce(mf.combine(rows, plan), self.groups.hidden)  # [T, D]
+        rows = self.experts(rows, plan.offsets, mf.row_weights(plan))
+        y = mf.slice_reduce(mf.combine(rows, plan, weighted=False), self.groups.hidden)  # [T, D]
         if self.shared is not None:
             y = y + self.shared(x)  # depends on no exchange, so it can run during one
         return mf.attach_loss(y, balance, self.balance), plan.offsets.diff(prepend=plan.offsets.new_zeros(1))
@@ -143,10 +143,12 @@ class Experts(nn.Module):
         self.into = nn.Parameter(torch.empty(shape.experts, 2, shape.hidden, shape.dim))
         self.out = nn.Parameter(torch.empty(shape.experts, shape.dim, shape.hidden))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+        """The rows' results, each times its weight: it is multiplied in here, where a row is narrow."""
         into, out = local(self.into, rows).flatten(1, 2), local(self.out, rows)  # [L, 2 * hidden, D], [L, D, hidden]
-        gate, up = F.grouped_mm(rows, into.transpose(1, 2), offs=offsets).chunk(2, -1)  # [N, hidden] each
-        return F.grouped_mm(F.silu(gate) * up, out.transpose(1, 2), offs=offsets)  # [N, D]
+        gate, up = F.grouped_mm(rows, into.transpose(1, 2), offs=offsets).to(weights.dtype).chunk(2, -1)  # [N, hidden] each
+        hidden = F.silu(gate) * up * weights.unsqueeze(1)  # rounded once
+        return F.grouped_mm(hidden.to(rows.dtype), out.transpose(1, 2), offs=offsets)  # [N, D]
 
 
 class Shared(nn.Module):
