@@ -6,6 +6,7 @@
 moe_mesh("cuda", pp=1, dp=8, cp=1, tp=1, ep=1, etp=1)
 """
 
+from moecomm.planner.calibrate import calibrate
 from moecomm.planner.cluster import PRESETS, Cluster, Link
 from moecomm.planner.cost import Times, Way
 from moecomm.planner.memory import Memory
@@ -15,6 +16,6 @@ from moecomm.planner.splits import Split, splits
 from moecomm.planner.table import Row, Table, Unfit
 
 __all__ = [
-    "PRESETS", "Cluster", "Link", "Memory", "Model", "Parameters", "Row", "Split", "Table", "Times", "Unfit", "Way", "assess",
+    "PRESETS", "Cluster", "Link", "Memory", "Model", "Parameters", "Row", "Split", "Table", "Times", "Unfit", "Way", "assess", "calibrate",
     "parameters", "read_config", "search", "splits",
 ]  # fmt: skip

@@ -137,21 +137,28 @@ def exchanges(model: Model, cluster: Cluster, split: Split, way: Way, full: Full
     return layers(model, split) * of_layer + sparse(model, split) * of_experts + between
 
 
-def routed(model: Model, cluster: Cluster, split: Split, way: Way, full: Fullest) -> Any:
-    """Seconds of a layer's exchanges over ep: counts, ids and weights where they are not few, tokens, sums; and back."""
-    to_each = tokens(model, split, way) * split.etp * room(model, split, way, full)
+def sent_there(cluster: Cluster, ep: Any, to_each: Any, k: int, row: Any, stride: Any = 1) -> Any:
+    """Seconds of a layer's exchanges forward up to the experts: counts, ids and weights where they are not few, tokens of ``row`` bytes."""
     most = to_each + 6 * np.sqrt(to_each)  # of all ranks to all others: six standard deviations are enough for 4096^2 of them
-    slots = np.where(
-        most <= most_pairs(model.k * (ID + WEIGHT)), 0.0, exchange(cluster, split.ep, to_each * model.k * (ID + WEIGHT), split.etp)
-    )
+    few = most <= most_pairs(k * (ID + WEIGHT))
+    slots = np.where(few, 0.0, exchange(cluster, ep, to_each * k * (ID + WEIGHT), stride))
+    return exchange(cluster, ep, HEADER, stride) + slots + exchange(cluster, ep, to_each * row, stride)
+
+
+def sent_home(cluster: Cluster, ep: Any, to_each: Any, row: Any, stride: Any = 1) -> Any:
+    """Seconds of the exchange of the experts' sums."""
+    return exchange(cluster, ep, to_each * row, stride)
+
+
+def routed(model: Model, cluster: Cluster, split: Split, way: Way, full: Fullest) -> Any:
+    """Seconds of a layer's exchanges over ep, forward and backward. 8 bits carry tokens and the gradients of sums; sums have 16."""
+    to_each = tokens(model, split, way) * split.etp * room(model, split, way, full)
     row = model.dim * model.itemsize
     wire = np.where(way.fp8, model.dim + 4 * np.ceil(model.dim / BLOCK), row)
-
-    def sent(size: Any) -> Any:
-        return exchange(cluster, split.ep, size, split.etp)
-
-    there, home = sent(to_each * wire), sent(to_each * row)  # tokens, and the gradients of what comes home; sums stay in 16 bits
-    return sent(HEADER) + slots + 2 * there + 2 * home + sent(to_each * model.k * WEIGHT)
+    there = sent_there(cluster, split.ep, to_each, model.k, wire, split.etp)
+    back = sent_home(cluster, split.ep, to_each, wire, split.etp)  # the gradients of sums
+    of_weights = exchange(cluster, split.ep, to_each * model.k * WEIGHT, split.etp)
+    return there + back + 2 * sent_home(cluster, split.ep, to_each, row, split.etp) + of_weights
 
 
 class Shards(NamedTuple):

@@ -1,0 +1,132 @@
+"""How well does the planner predict the demo's training step, in every way to split 2, 4 and 8 ranks?
+
+    python -m benchmarks.planner
+
+For each number of ranks, `calibrate` measures this machine with all of them at work. The planner predicts every split from these numbers,
+with the demo's number of microbatches. Then every split trains some steps: gloo, float32, eager, one thread a rank. The measured time is that
+of the fastest step, on the slowest rank: whatever else the machine does makes a step longer, never shorter. `calibrate` does the same.
+
+Memory: torch's profiler sees what is allocated and freed in a step. What a rank holds between steps, its parameters and moments, is added.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from argparse import Namespace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from benchmarks.timing import WARM, Line, command, peak
+from moecomm.planner import Cluster, Row, Split, Way, assess, calibrate
+from tests.spawn import run_ranks
+from tutorials.demo import auto, parallel, pipeline, train
+from tutorials.demo.model import Shape
+from tutorials.demo.options import parse
+from tutorials.demo.splits import microbatches
+
+RANKS = (2, 4, 8)
+SHAPE, BATCH = Shape(context=128), 16
+STEPS = 6
+
+
+class Measured(NamedTuple):
+    """A split's steps on one rank."""
+
+    seconds: list[float]  # of each step
+    held: int  # bytes between steps: parameters and the optimizer's state
+    peak: int  # bytes beyond these in a step
+
+
+def main() -> None:
+    command("planner", measure, lambda device: {"shape": SHAPE._asdict(), "batch": BATCH, "steps": STEPS}, __doc__)
+
+
+def measure(device: str, memory: str) -> list[Line]:
+    """A line for each split: its ratio is predicted / measured."""
+    if memory != WARM:
+        return []
+    lines = []
+    for ranks in RANKS:
+        options = options_of(ranks)
+        candidates = list(auto.candidates(options, SHAPE))
+        before = run_ranks(calibrated, ranks, timeout=120)[0]
+        measured = [slowest(run_ranks(steps_here, ranks, split, timeout=200)) for split, _ in candidates]
+        after = run_ranks(calibrated, ranks, timeout=120)[0]
+        cluster = faster(before, after)
+        rows = assess(auto.model_of(SHAPE, BATCH, torch.float32), cluster, candidates)
+        lines += [compared(ranks, row, each, cluster) for row, each in zip(rows, measured, strict=True)]
+    return lines
+
+
+def options_of(ranks: int, split: Split | None = None) -> Namespace:
+    sizes = {} if split is None else {"pp": split.pp, "tp": split.tp, "ep": split.ep, "etp": split.etp}
+    given = [f"--{name}={size}" for name, size in sizes.items()]
+    return parse([f"--batch={BATCH}", f"--ranks={ranks}", *given, "--no-compile", "--dtype=float32"])
+
+
+def calibrated() -> Cluster:
+    return calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32))
+
+
+def faster(a: Cluster, b: Cluster) -> Cluster:
+    """Of two calibrations, each number where less disturbed it."""
+    rates = {name: max(getattr(a, name), getattr(b, name)) for name in ("matmul", "grouped", "attention", "copy")}
+    inside = min(a.inside, b.inside, key=lambda link: link.latency + link.overhead + 1e5 / link.speed)
+    return a._replace(**rates, inside=inside, launch=min(a.launch, b.launch), spare=max(a.spare, b.spare))
+
+
+def steps_here(split: Split) -> Measured:
+    """Train some steps on this rank."""
+    options = options_of(dist.get_world_size(), split)
+    mesh, parts = parallel.meshes(options), microbatches(options.pp)
+    model = parallel.build(SHAPE, mesh, options)
+    schedule = pipeline.schedule(model, mesh, SHAPE, BATCH, False, torch.float32, parts)
+    optimizer = train.adamw(model)
+    text = torch.randint(256, (BATCH, SHAPE.context + 1), generator=torch.Generator().manual_seed(0)).byte()
+    inputs = pipeline.own_part(text, mesh, False, parts)
+
+    def step() -> None:
+        train.train_step(model, schedule, optimizer, *inputs, 1e-4, mesh, options)
+
+    step()
+    seconds = []
+    for _ in range(STEPS):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    held = sum(local(each).untyped_storage().nbytes() for each in (*model.parameters(), *states))
+    beyond = peak(step, "cpu", 2)
+    del model, schedule, optimizer
+    gc.collect()
+    return Measured(seconds, held, beyond)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def slowest(ranks: list[Measured]) -> tuple[float, int]:
+    """Seconds of the fastest step on the slowest rank, and bytes of the rank that needed most."""
+    return min(max(step) for step in zip(*(each.seconds for each in ranks), strict=True)), max(each.held + each.peak for each in ranks)
+
+
+def compared(ranks: int, row: Row, measured: tuple[float, int], cluster: Cluster) -> Line:
+    seconds, size = measured
+    line = {"case": "predicted", "to": "measured", "ranks": ranks, "split": row.split._asdict(), "ratio": row.seconds / seconds}
+    print(f"{row.seconds / seconds:7.3f}  {1e3 * row.seconds:.0f} / {1e3 * seconds:.0f} ms, {row.split.call('cpu')}", flush=True)
+    predicted = row.memory.total()
+    return line | {
+        "milliseconds": [1e3 * row.seconds, 1e3 * seconds], "bytes": [predicted, size], "times": row.times._asdict(),
+        "memory parts": row.memory._asdict(), "microbatches": row.way.microbatches, "cluster": cluster.to_dict() | {"sources": []},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
