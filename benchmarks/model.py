@@ -1,7 +1,7 @@
 """How long should the exchanges of a layer take? What the planner's cost model says of them, for moecomm and for the K-fold way.
 
-`moecomm/planner/routing.py` has the expected pairs, `moecomm/planner/cluster.py` the links. `benchmarks/links.py` fits a link to gloo on this
-machine and compares the model with measurements. The cluster here is assumed.
+`moecomm/planner/routing.py` has the expected pairs, `moecomm/planner/cluster.py` the links. `benchmarks/links.py` fits a link to gloo on
+this machine and compares the model with measurements. The cluster here is assumed.
 """
 
 from __future__ import annotations

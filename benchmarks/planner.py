@@ -2,9 +2,10 @@
 
     python -m benchmarks.planner
 
-For each number of ranks, `calibrate` measures this machine with all of them at work. The planner predicts every split from these numbers,
-with the demo's number of microbatches. Then every split trains some steps: gloo, float32, eager, one thread a rank. The measured time is that
-of the fastest step, on the slowest rank: whatever else the machine does makes a step longer, never shorter. `calibrate` does the same.
+For each number of ranks, `calibrate` measures this machine with all of them at work, before the steps and after them. The planner predicts
+every split from these numbers, with the demo's number of microbatches. Every split trains some steps: gloo, float32, eager, one thread a
+rank. The measured time is that of the fastest step, on the slowest rank: whatever else the machine does makes a step longer, never shorter.
+`calibrate` does the same.
 
 Memory: torch's profiler sees what is allocated and freed in a step. What a rank holds between steps, its parameters and moments, is added.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.timing import WARM, Line, command, peak
-from moecomm.planner import Cluster, Row, Split, Way, assess, calibrate
+from moecomm.planner import Cluster, Row, Split, assess, calibrate
 from tests.spawn import run_ranks
 from tutorials.demo import auto, parallel, pipeline, train
 from tutorials.demo.model import Shape
@@ -75,13 +76,14 @@ def calibrated() -> Cluster:
 
 def faster(a: Cluster, b: Cluster) -> Cluster:
     """Of two calibrations, each number where less disturbed it."""
-    rates = {name: max(getattr(a, name), getattr(b, name)) for name in ("matmul", "grouped", "attention", "copy")}
+    rates = {name: max(getattr(a, name), getattr(b, name)) for name in ("matmul", "grouped", "attention", "copy", "stream")}
     inside = min(a.inside, b.inside, key=lambda link: link.latency + link.overhead + 1e5 / link.speed)
     return a._replace(**rates, inside=inside, launch=min(a.launch, b.launch), spare=max(a.spare, b.spare))
 
 
 def steps_here(split: Split) -> Measured:
     """Train some steps on this rank."""
+    gc.collect()  # the split before
     options = options_of(dist.get_world_size(), split)
     mesh, parts = parallel.meshes(options), microbatches(options.pp)
     model = parallel.build(SHAPE, mesh, options)
@@ -102,9 +104,7 @@ def steps_here(split: Split) -> Measured:
         seconds.append(time.perf_counter() - start)
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = sum(local(each).untyped_storage().nbytes() for each in (*model.parameters(), *states))
-    beyond = peak(step, "cpu", 2)
-    del model, schedule, optimizer
-    gc.collect()
+    beyond = peak(step, "cpu", 1)
     return Measured(seconds, held, beyond)
 
 

@@ -33,9 +33,9 @@ class Cluster(NamedTuple):
     matmul: float  # FLOP/s of a rank's dense matmuls, as reached
     grouped: float  # FLOP/s of grouped matmuls, as reached
     attention: float  # FLOP/s of the scores of attention, as reached
-    copy: float  # bytes/s that a rank reads and writes in work that is no matmul
+    copy: float  # bytes/s that a rank reads and writes in a layer's work that is no matmul
+    stream: float  # bytes/s that it reads and writes in long sums, as of gradients
     launch: float = 0.0  # seconds that the host of a rank takes for a layer, forward and backward, beside the work on its numbers
-    shard: float = 0.0  # seconds that the host of a rank takes in a step for one layer's sharded parameters
     sync: float = 0.0  # seconds that a rank loses where its host waits for sizes: once a layer and microbatch, not in static mode
     spare: float = 1.0  # how many times as fast a rank computes while all others wait: above 1 where ranks share cores
     sources: tuple[str, ...] = ()
@@ -126,6 +126,7 @@ def _gpu(
         grouped=GROUPED * share * peak,
         attention=ATTENTION * share * peak,
         copy=COPY * bandwidth,
+        stream=COPY * bandwidth,
         sync=30e-6,
         sources=(*sources, *SHARES),
     )

@@ -1,13 +1,13 @@
 """The most memory that a rank needs in a training step, by parts. As in `cost.py`, sizes are numbers or arrays [n] of many splits.
 
-What a layer keeps for its backward pass is counted as the demo's layer keeps it in eager mode: the inputs of its matmuls, norms and products.
-A token of a rank keeps these numbers in a layer, D for the model's width:
+What a layer keeps for its backward pass is counted as the demo's layer keeps it in eager mode: the inputs of its matmuls, norms and
+products. A token of a rank keeps these numbers in a layer, D for the model's width:
 
     the layer's input, and the input of the second norm                                          2 D
     the input of the attention's matmuls, gathered over tp                                       D * tp
     queries, keys and values, and queries and keys again after their rotation                    heads' widths
     the heads' result                                                                            heads' width
-    the input of gate and experts, gathered over etp                                             D * etp
+    the input of the gate                                                                        D
     rows in the experts' order, and their results                                                2 D a row
     up projection, silu and product                                                              4 H a row
 """
@@ -53,9 +53,9 @@ def kept_by_experts(model: Model, split: Split, way: Way, full: Fullest) -> Any:
     """Numbers that a layer's experts keep of a rank's token, on the fullest rank."""
     d, hidden = model.dim, model.hidden / split.etp
     rows = model.k * split.etp * full.rows
-    received = np.where(split.ep > 1, split.ep * split.etp * room(model, split, way, full), 0.0) * d
-    everything = split.etp * d + rows * (2 * d + 4 * hidden) + 3 * model.shared + 3 * model.experts
-    lean = split.etp * d + received + rows * 2 * hidden + 3 * model.experts
+    received = np.where(split.ep > 1, split.ep * split.etp * room(model, split, way, full), np.where(split.etp > 1, split.etp, 0.0)) * d
+    everything = d + rows * (2 * d + 4 * hidden) + 3 * model.shared + 3 * model.experts
+    lean = d + received + rows * 2 * hidden + 3 * model.experts
     return np.select([way.recompute == FULL, way.recompute == LEAN], [received, lean], everything)
 
 
@@ -71,7 +71,7 @@ def activations(model: Model, split: Split, way: Way, full: Fullest, stage: Any)
 
 
 def buffers(model: Model, split: Split, way: Way, full: Fullest, last: Any) -> Any:
-    """Bytes of gathered parameters, of a layer's backward, and, on the last stage, of logits: as they are, float32, log-softmax, gradient."""
+    """Bytes of gathered parameters, of a layer's backward, and, on the last stage, of logits: as they are, float32, log-softmax."""
     parts, t = shards(model, split), tokens(model, split, way)
     gathered = (parts.dense + parts.experts) * model.itemsize
     rows = model.k * split.etp * full.rows

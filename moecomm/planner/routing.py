@@ -1,8 +1,8 @@
 """What routing makes of a layer: how many rows the fullest rank computes, and how many tokens it receives.
 
-Uniform routing: a token's K experts are any K of E, and all sets are equally likely. A rank with L of the E experts gets a token unless none
-of the K is among its L: the probability is 1 - C(E - L, K) / C(E, K). With measured loads, L is the E-fold of the rank's share of all slots:
-a rank with twice the load of the mean counts as one with twice the experts.
+Uniform routing: a token's K experts are any K of E, and all sets are equally likely. A rank with L of the E experts gets a token unless
+none of the K is among its L: the probability is 1 - C(E - L, K) / C(E, K). With measured loads, L is the E-fold of the rank's share of all
+slots: a rank with twice the load of the mean counts as one with twice the experts.
 
 Node-limited routing to M of the nodes: any M nodes are equally likely, and then any K of their E' = E * M / nodes experts. A rank's node is
 chosen with probability M / nodes. The probability of a pair is then 1 - C(E' - L, K) / C(E', K). `route` chooses the nodes by their best

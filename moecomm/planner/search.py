@@ -74,7 +74,8 @@ def search(
     unfit += [Unfit(legal[i], None, "no such number of microbatches") for i in sorted(set(range(len(legal))) - set(which.tolist()))]
     rows: list[Row] = []
     for wire, plan, again in itertools.product(wires, plans, recompute) if len(which) else ():
-        way = Way(m, *(np.full(len(m), value) for value in (wire == "fp8", plan == "static", RECOMPUTE.index(again))))
+        chosen: list[Any] = [np.full(len(m), value) for value in (wire == "fp8", plan == "static", RECOMPUTE.index(again))]
+        way = Way(m, *chosen)
         columns = Split(*np.array(legal)[which].T)
         times, memory = _predicted(model, cluster, columns, way, shares)
         fits = memory.total() <= cluster.memory

@@ -30,11 +30,12 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         s, way, times = self.split, self.way.to_dict(), self.times
-        ms = [1e3 * each for each in (times.dense, times.experts, times.exchanges, times.syncs, times.update + times.host, times.bubble)]
+        parts = (times.dense, times.experts, times.exchanges, times.syncs, times.update + times.host, times.bubble)
+        ms = "".join(f"{1e3 * each:>{width}.1f}" for each, width in zip((self.seconds, *parts), (9, 8, 8, 8, 7, 7, 8), strict=True))
+        gibibytes = f"{self.memory.total() / 2**30:>7.1f}{self.memory.activations / 2**30:>7.1f}"
         return (
             f"{s.pp:>4}{s.dp:>5}{s.cp:>4}{s.tp:>4} |{s.edp:>5}{s.ep:>5}{s.etp:>4} | {way['wire']:<5}{way['plan']:<8}{way['recompute']:<6}"
-            f"{way['microbatches']:>5} |{1e3 * self.seconds:>9.1f}{ms[0]:>8.1f}{ms[1]:>8.1f}{ms[2]:>8.1f}{ms[3]:>7.1f}{ms[4]:>7.1f}{ms[5]:>8.1f} |"
-            f"{self.memory.total() / 2**30:>7.1f}{self.memory.activations / 2**30:>7.1f} |{self.tokens_per_second:>12,.0f}"
+            f"{way['microbatches']:>5} |{ms} |{gibibytes} |{self.tokens_per_second:>12,.0f}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,36 +1,41 @@
-"""`calibrate` gives every rank the same numbers, and numbers that this machine can have."""
+"""`calibrate` gives every rank the same numbers, such as this machine can have; and the demo takes its split from them."""
 
 from __future__ import annotations
 
-import time
+from argparse import Namespace
 
 import torch.distributed as dist
 
-from moecomm.planner import Cluster, Model, calibrate, search
+from moecomm.planner import Cluster, Row
 from tests.spawn import run_ranks
+from tutorials.demo import auto
+from tutorials.demo.model import Shape
+from tutorials.demo.options import parse
 
-MODEL = Model(layers=2, dim=64, hidden=64, experts=4, k=2, heads=4, kv_heads=4, head=16, vocabulary=64, sequence=64, batch=8, itemsize=4)
+SHAPE = Shape(dim=32, hidden=32, context=32)
 
 
-def calibrated() -> tuple[Cluster, float, int]:
-    start = time.monotonic()
+def chosen() -> tuple[Namespace, list[Row], Cluster, int]:
     before = len(dist.distributed_c10d._world.pg_map)
-    found = calibrate(model=MODEL)
-    return found, time.monotonic() - start, len(dist.distributed_c10d._world.pg_map) - before
+    found = auto.choose(parse(["--ranks=2", "--split=auto", "--no-compile", "--dtype=float32"]), SHAPE)
+    return *found, len(dist.distributed_c10d._world.pg_map) - before
 
 
-def test_two_ranks_get_the_same_numbers_of_this_machine() -> None:
-    (found, seconds, groups), (other, *_) = run_ranks(calibrated, 2)
-    assert found == other
+def test_two_ranks_measure_the_same_and_the_demo_takes_the_split_that_is_predicted_to_be_fastest() -> None:
+    (options, rows, found, groups), other = run_ranks(chosen, 2)
+    assert (options, rows, found) == other[:3]
     assert groups == 0  # it leaves none
     assert found.node == 2
-    for rate in (found.matmul, found.grouped, found.attention, found.copy):
+    for rate in (found.matmul, found.grouped, found.attention, found.copy, found.stream):
         assert 1e6 < rate < 1e13
     assert 0 < found.inside.latency + found.inside.overhead < 1
-    assert 1e6 < found.inside.speed
-    assert 0 < found.launch < seconds
+    assert found.inside.speed > 1e6
+    assert 0 < found.launch < 10
     assert 1 <= found.spare < 100
     assert 2**20 < found.memory < 2**50
-    table = search(MODEL, found)
-    assert table.ranks == 2
-    assert table.rows
+    assert len(rows) == 7  # one stage with 2 tp sizes and 3 splits of the experts, and two stages
+    best = min(rows, key=lambda row: row.seconds).split
+    assert (options.pp, options.tp, options.ep, options.etp) == (best.pp, best.tp, best.ep, best.etp)
+    said = auto.said(options, rows, found)
+    assert f"of 7 splits the fastest is predicted to take {1e3 * rows[0].seconds:.0f} ms" in said
+    assert said.endswith(f"--pp {best.pp} --tp {best.tp} --ep {best.ep} --etp {best.etp}")

@@ -14,7 +14,7 @@ from moecomm.planner.cost import FULL, HEADER, LEAN, NONE, predict, shards
 from moecomm.planner.routing import Fullest, check_loads, fullest, hit
 
 FREE = Link(0.0, 0.0, inf)
-NOTHING = Cluster("nothing", 4, FREE, FREE, inf, inf, inf, inf, inf)
+NOTHING = Cluster("nothing", 4, FREE, FREE, inf, inf, inf, inf, inf, inf)
 MODEL = Model(layers=4, dim=8, hidden=16, experts=8, k=2, heads=4, kv_heads=4, head=2, vocabulary=32, sequence=8, batch=16)
 ALONE = Split(1, 1, 1, 1, 1, 1, 1)
 PLAIN = Way(microbatches=1, fp8=False, static=False, recompute=NONE)
@@ -86,7 +86,7 @@ def test_static_mode_has_room_for_more_pairs_and_waits_for_no_sizes() -> None:
     assert times(split, static, Fullest(1.0, 0.9), inside=slow) == pytest.approx(times(split, inside=slow))  # at most every token
     assert times(split, PLAIN._replace(microbatches=2), sync=1.0)["host"] == 2 * 4
     assert times(split, static, sync=1.0)["host"] == 0
-    assert times(split, launch=1.0)["host"] == 4
+    assert times(split, PLAIN._replace(microbatches=2), launch=1.0)["host"] == 2 * 4 + 5 * 1.5
 
 
 def test_the_exchanges_over_tp_cp_and_etp_carry_a_ranks_tokens() -> None:
@@ -110,7 +110,9 @@ def test_parameters_are_gathered_in_the_computations_numbers_and_gradients_scatt
     slow = Link(0.0, 0.0, 1.0)
     moved = parts.dense * 3 / 4 + parts.experts / 2
     assert times(split, inside=slow)["syncs"] == pytest.approx(moved * (2 + 4))
-    assert times(split, copy=1.0)["update"] == pytest.approx(10 * 4 * (parts.dense / 4 + parts.experts / 4 * 2))
+    moments, whole = 10 * 4 * (parts.dense / 4 + parts.experts / 2), parts.dense + parts.experts
+    assert times(split, stream=1.0)["update"] == pytest.approx(moments + 2 * whole)  # gradients are written once
+    assert times(split, PLAIN._replace(microbatches=3), stream=1.0)["update"] == pytest.approx(moments + whole * (3 * 2 + 2 * (2 + 8)))
     with_heads = shards(MODEL, Split(1, 2, 1, 2, 4, 1, 1))  # half of each attention, over 2 ranks; the rest over 4
     attention = 4 * (4 * 8 * 8 + 8) / 2
     assert with_heads.dense / with_heads.over == pytest.approx(attention / 2 + (with_heads.dense - attention) / 4)
@@ -166,7 +168,9 @@ def test_all_ranks_wait_in_every_layer_and_snapshot_and_the_slowest_stage_counts
     assert fullest(model, trace, 2, 2).rows == pytest.approx(2)
 
 
-@pytest.mark.parametrize("loads", [np.ones((3, 8)), np.ones((2, 4, 7)), np.ones(8), -np.ones((4, 8)), np.zeros((4, 8)), np.full((4, 8), np.nan)])
+@pytest.mark.parametrize(
+    "loads", [np.ones((3, 8)), np.ones((2, 4, 7)), np.ones(8), -np.ones((4, 8)), np.zeros((4, 8)), np.full((4, 8), np.nan)]
+)
 def test_loads_of_another_shape_or_without_slots_are_refused(loads: Any) -> None:
     with pytest.raises(ValueError, match="loads was"):
         check_loads(loads, MODEL)

@@ -50,7 +50,9 @@ def test_an_unknown_model_and_a_missing_size_are_refused_by_name() -> None:
 
 
 def test_every_matrix_of_a_small_model_is_counted() -> None:
-    model = Model(layers=3, dim=8, hidden=4, experts=6, k=2, heads=2, kv_heads=1, head=4, vocabulary=10, shared=5, dense_layers=1, dense_hidden=7)
+    model = Model(
+        layers=3, dim=8, hidden=4, experts=6, k=2, heads=2, kv_heads=1, head=4, vocabulary=10, shared=5, dense_layers=1, dense_hidden=7
+    )
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 8  # queries, keys and values, output, norm
     sparse = 8 * 6 + 8 + 6 * 3 * 8 * 4 + 3 * 8 * 5  # gate, norm, experts, shared
     dense = 3 * 8 * 7 + 8

@@ -122,7 +122,9 @@ def test_what_a_search_cannot_take_is_refused_by_name(arguments: dict[str, Any],
 
 
 @pytest.mark.parametrize(("config", "nodes"), [(QWEN3, 2), (DEEPSEEK, 64)])
-def test_the_command_prints_a_table_and_the_call_to_paste(config: dict[str, Any], nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_the_call_to_paste(
+    config: dict[str, Any], nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
     assert main(["--config", str(file), "--cluster", "h200", "--nodes", str(nodes), "--batch", "2048"]) == 0

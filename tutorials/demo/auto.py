@@ -49,6 +49,6 @@ def said(options: Namespace, rows: list[Row], cluster: Cluster) -> str:
     return (
         f"measured: {cluster.matmul / 1e9:.1f} GFLOP/s a rank, {1e3 * cluster.launch:.1f} ms a layer for the host, "
         f"links of {1e6 * cluster.inside.latency:.0f} us and {cluster.inside.speed / 1e9:.2f} GB/s\n"
-        f"of {len(rows)} splits the fastest is predicted to take {1e3 * best.seconds:.0f} ms a step, the slowest {1e3 * worst.seconds:.0f} ms: "
-        f"--pp {options.pp} --tp {options.tp} --ep {options.ep} --etp {options.etp}"
+        f"of {len(rows)} splits the fastest is predicted to take {1e3 * best.seconds:.0f} ms a step, "
+        f"the slowest {1e3 * worst.seconds:.0f} ms: --pp {options.pp} --tp {options.tp} --ep {options.ep} --etp {options.etp}"
     )

@@ -30,6 +30,7 @@ from moecomm.planner.cost import DENSE_PASSES, HIDDEN_PASSES, ROW_PASSES
 from moecomm.planner.model import Model
 
 FEW, MANY = 16, 1024  # tokens of the layers that show what the host takes, and what the work takes
+STREAM = 2**20  # float32 numbers of a long sum
 EXCHANGES = 4  # timed one behind the other
 REPEATS = 5
 SIZES = (1 << 10, 1 << 18)  # bytes to each rank
@@ -43,6 +44,7 @@ class Rates(NamedTuple):
     grouped: float
     attention: float
     copy: float  # bytes/s
+    stream: float
     launch: float  # seconds a layer
 
 
@@ -76,10 +78,10 @@ def calibrate(group: GroupLike = None, model: Model | None = None, device: str =
     spare = _spare(ranks, node, model, device, dtype)
     mine = torch.tensor([*rates, _memory(device, node)], dtype=torch.float64)
     mean = np.array([each.numpy() for each in _everyones(mine, ranks, device)]).mean(0)
-    matmul, grouped, attention, copy, launch, memory = (float(each) for each in mean)
+    matmul, grouped, attention, copy, stream, launch, memory = (float(each) for each in mean)
     return Cluster(
         f"this machine's {device}" if node == ranks.size else f"these nodes' {device}",
-        node, inside, between, memory, matmul, grouped, attention, copy,
+        node, inside, between, memory, matmul, grouped, attention, copy, stream,
         launch=0.0 if device == "cuda" else launch,
         spare=spare,
         sources=(f"measured on {ranks.size} ranks",),
@@ -198,14 +200,18 @@ def _rates(ranks: Group, model: Model, device: str, dtype: torch.dtype) -> Rates
     scores = _seconds(_trained(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), ranks, device)
     attention = layer.flops(tokens, length)[2] / scores
 
+    total, part = torch.zeros(STREAM, device=device), torch.ones(STREAM, device=device)
+    stream = 12 * STREAM / _seconds(lambda: total.add_(part), ranks, device)
+
     x = torch.randn(1, FEW, model.dim, dtype=dtype, device=device).requires_grad_()
-    launch = _seconds(_trained(lambda: layer(x)), ranks, device)
+    small = _Layer(model, layer.k, device, dtype)  # with few weights
+    launch = _seconds(_trained(lambda: small(x)), ranks, device)
     many = torch.randn(tokens // length, length, model.dim, dtype=dtype, device=device).requires_grad_()
     whole = _seconds(_trained(lambda: layer(many)), ranks, device)
     known = sum(flops / rate for flops, rate in zip(layer.flops(tokens, length), (matmul, grouped, attention), strict=True))
     hidden = launch if device == "cuda" else 0.0  # behind the GPU's work
     rest = max(whole - launch + hidden - known, 0.05 * whole)
-    return Rates(matmul, grouped, attention, layer.moved(tokens, x.element_size()) / rest, launch)
+    return Rates(matmul, grouped, attention, layer.moved(tokens, x.element_size()) / rest, stream, launch)
 
 
 def _spare(ranks: Group, node: int, model: Model, device: str, dtype: torch.dtype) -> float:
