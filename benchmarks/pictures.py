@@ -122,7 +122,7 @@ def links(results: Line, picture: Path) -> None:
 
 def planner(results: Line, picture: Path) -> None:
     """What the planner predicts of each split beside what was measured: seconds and bytes."""
-    lines = results["lines"]
+    lines = found(results["lines"], what="split")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8))
     for axis, of, scale, unit in (
         (axes[0], "milliseconds", 1.0, "ms a step"),

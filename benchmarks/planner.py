@@ -2,10 +2,10 @@
 
     python -m benchmarks.planner
 
-For each number of ranks, `calibrate` measures this machine with all of them at work, before the steps and after them. The planner predicts
-every split from these numbers, with the demo's number of microbatches. Every split trains some steps: gloo, float32, eager, one thread a
-rank. The measured time is that of the fastest step, on the slowest rank: whatever else the machine does makes a step longer, never shorter.
-`calibrate` does the same.
+For each number of ranks, `calibrate` measures this machine with all of them at work, before the first split, between splits and at the end.
+The planner predicts every split from these numbers, with the demo's number of microbatches. Every split trains some steps: gloo, float32,
+eager, one thread a rank. The measured time is that of the fastest step, on the slowest rank: whatever else the machine does makes a step
+longer, never shorter. Each number of the calibrations is the fastest, too.
 
 Memory: torch's profiler sees what is allocated and freed in a step. What a rank holds between steps, its parameters and moments, is added.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import time
 from argparse import Namespace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.timing import WARM, Line, command, peak
-from moecomm.planner import Cluster, Row, Split, assess, calibrate
+from moecomm.planner import PRESETS, Cluster, Row, Split, assess, calibrate, read_config, search
+from tests.planner.configs import DEEPSEEK
 from tests.spawn import run_ranks
 from tutorials.demo import auto, parallel, pipeline, train
 from tutorials.demo.model import Shape
@@ -31,8 +33,10 @@ from tutorials.demo.options import parse
 from tutorials.demo.splits import microbatches
 
 RANKS = (2, 4, 8)
+SEARCHED = (64, 4096)
 SHAPE, BATCH = Shape(context=128), 16
 STEPS = 6
+CALIBRATED = 9  # so many splits after another
 
 
 class Measured(NamedTuple):
@@ -51,17 +55,39 @@ def measure(device: str, memory: str) -> list[Line]:
     """A line for each split: its ratio is predicted / measured."""
     if memory != WARM:
         return []
-    lines = []
+    lines = [searched(ranks) for ranks in SEARCHED]
     for ranks in RANKS:
-        options = options_of(ranks)
-        candidates = list(auto.candidates(options, SHAPE))
-        before = run_ranks(calibrated, ranks, timeout=120)[0]
-        measured = [slowest(run_ranks(steps_here, ranks, split, timeout=200)) for split, _ in candidates]
-        after = run_ranks(calibrated, ranks, timeout=120)[0]
-        cluster = faster(before, after)
+        candidates = list(auto.candidates(options_of(ranks), SHAPE))
+        of_ranks = run_ranks(here, ranks, [split for split, _ in candidates], timeout=1800)
+        cluster = reduce(faster, of_ranks[0][0])
         rows = assess(auto.model_of(SHAPE, BATCH, torch.float32), cluster, candidates)
+        measured = [slowest(list(each)) for each in zip(*(each for _, each in of_ranks), strict=True)]
         lines += [compared(ranks, row, each, cluster) for row, each in zip(rows, measured, strict=True)]
     return lines
+
+
+def here(every: list[Split]) -> tuple[list[Cluster], list[Measured]]:
+    """Calibrations, and the steps of every split between them, on this rank."""
+    clusters, measured = [], []
+    for i, split in enumerate(every):
+        if i % CALIBRATED == 0:
+            clusters.append(calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32)))
+        measured.append(steps_here(split))
+        if dist.get_rank() == 0:
+            print(f"{1e3 * min(measured[-1].seconds):7.0f} ms, {split.call('cpu')}", flush=True)
+        for group in set(dist.distributed_c10d._world.pg_map) - {dist.group.WORLD}:
+            dist.destroy_process_group(group)
+    clusters.append(calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32)))
+    return clusters, measured
+
+
+def searched(ranks: int) -> Line:
+    """The CPU time of a search that a user starts: every way to train DeepSeek-V3."""
+    model, start = read_config(DEEPSEEK, batch=16384), time.process_time()
+    table = search(model, PRESETS["h100"], ranks=ranks)
+    seconds = time.process_time() - start
+    print(f"{seconds:7.2f} s for a search of {ranks} ranks", flush=True)
+    return {"what": "search", "ranks": ranks, "seconds": seconds, "rows": len(table.rows) + len(table.unfit)}
 
 
 def options_of(ranks: int, split: Split | None = None) -> Namespace:
@@ -70,12 +96,8 @@ def options_of(ranks: int, split: Split | None = None) -> Namespace:
     return parse([f"--batch={BATCH}", f"--ranks={ranks}", *given, "--no-compile", "--dtype=float32"])
 
 
-def calibrated() -> Cluster:
-    return calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32))
-
-
 def faster(a: Cluster, b: Cluster) -> Cluster:
-    """Of two calibrations, each number where less disturbed it."""
+    """Of two calibrations, each number of the one that less disturbed."""
     rates = {name: max(getattr(a, name), getattr(b, name)) for name in ("matmul", "grouped", "attention", "copy", "stream")}
     inside = min(a.inside, b.inside, key=lambda link: link.latency + link.overhead + 1e5 / link.speed)
     return a._replace(**rates, inside=inside, launch=min(a.launch, b.launch), spare=max(a.spare, b.spare))
@@ -119,7 +141,14 @@ def slowest(ranks: list[Measured]) -> tuple[float, int]:
 
 def compared(ranks: int, row: Row, measured: tuple[float, int], cluster: Cluster) -> Line:
     seconds, size = measured
-    line = {"case": "predicted", "to": "measured", "ranks": ranks, "split": row.split._asdict(), "ratio": row.seconds / seconds}
+    line = {
+        "what": "split",
+        "case": "predicted",
+        "to": "measured",
+        "ranks": ranks,
+        "split": row.split._asdict(),
+        "ratio": row.seconds / seconds,
+    }
     print(f"{row.seconds / seconds:7.3f}  {1e3 * row.seconds:.0f} / {1e3 * seconds:.0f} ms, {row.split.call('cpu')}", flush=True)
     predicted = row.memory.total()
     return line | {

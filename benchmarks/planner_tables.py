@@ -7,11 +7,12 @@ import statistics
 from benchmarks.tables import found, ran, table, verdict
 from benchmarks.timing import Line
 
+SEARCHES = (2, 30)  # seconds at most, for 64 ranks and for 4096
 R2, MEDIAN, OF_FASTEST, OF_MEMORY = 0.74, 0.07, 1.1, 0.1  # SmartMoE's logs have an R2 of 0.53 to 0.74 and medians of 7 to 9.5 %
 
 
 def planner(results: Line) -> str:
-    about, lines = results["about"], results["lines"]
+    about, lines = results["about"], found(results["lines"], what="split")
     ranks = sorted({line["ranks"] for line in lines})
     rows = [summary(f"{count} ranks", found(lines, ranks=count)) for count in ranks] + [summary("all", lines)]
     shape = about["shape"]
@@ -30,7 +31,16 @@ def planner(results: Line) -> str:
         "memory: median",
         "largest",
     ]
-    return "\n\n".join([ran(about), sizes, targets(lines), table(header, rows), calibrations(lines), fastest(lines)])
+    return "\n\n".join(
+        [
+            ran(about),
+            sizes,
+            targets(lines, found(results["lines"], what="search")),
+            table(header, rows),
+            calibrations(lines),
+            fastest(lines),
+        ]
+    )
 
 
 def errors(lines: list[Line], of: str = "milliseconds") -> list[float]:
@@ -69,14 +79,17 @@ def summary(name: str, lines: list[Line]) -> list[str]:
     ]
 
 
-def targets(lines: list[Line]) -> str:
+def targets(lines: list[Line], searches: list[Line]) -> str:
     median, memory, chosen = statistics.median(errors(lines)), max(errors(lines, "bytes")), max(choices(lines))
     rows = [
         ["R2 over all splits", f"> {R2}", f"{r2(lines):.2f}: {verdict(r2(lines) > R2)}"],
         ["median error of the step time", f"< {MEDIAN:.0%}", f"{median:.1%}: {verdict(median < MEDIAN)}"],
         ["the split predicted to be fastest / the fastest, at worst", f"<= {OF_FASTEST}", f"{chosen:.2f}: {verdict(chosen <= OF_FASTEST)}"],
         ["largest error of the memory", f"<= {OF_MEMORY:.0%}", f"{memory:.1%}: {verdict(memory <= OF_MEMORY)}"],
-    ]  # fmt: skip
+    ]
+    for line, most in zip(searches, SEARCHES, strict=True):
+        name = f"CPU time to search {line['ranks']} ranks: {line['rows']:,} rows"
+        rows.append([name, f"< {most} s", f"{line['seconds']:.1f} s: {verdict(line['seconds'] < most)}"])
     return table(["measure", "target", "result"], rows)
 
 
