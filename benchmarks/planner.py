@@ -4,8 +4,11 @@
 
 For each number of ranks, `calibrate` measures this machine with all of them at work, before the first split, between splits and at the end.
 The planner predicts every split from these numbers, with the demo's number of microbatches. Every split trains some steps: gloo, float32,
-eager, one thread a rank. The measured time is that of the fastest step, on the slowest rank: whatever else the machine does makes a step
-longer, never shorter. Each number of the calibrations is the fastest, too.
+eager, one thread a rank. The measured time is that of the fastest step; each number of the calibrations is the fastest, too.
+
+Ranks share the cores, with each other and with whatever else the machine does. So the benchmark has a clock that others cannot disturb much:
+the CPU time of a rank, times the ranks of a core. It is the time that a step takes if no core idles and nobody else uses the machine. A
+pipeline's bubble costs nothing then, because other ranks use the core. The lines have the wall's time, too.
 
 Memory: torch's profiler sees what is allocated and freed in a step. What a rank holds between steps, its parameters and moments, is added.
 """
@@ -13,6 +16,8 @@ Memory: torch's profiler sees what is allocated and freed in a step. What a rank
 from __future__ import annotations
 
 import gc
+import os
+import statistics
 import time
 from argparse import Namespace
 from functools import reduce
@@ -22,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from benchmarks.timing import WARM, Line, command, peak
 from moecomm.planner import PRESETS, Cluster, Row, Split, assess, calibrate, read_config, search
@@ -42,7 +48,8 @@ CALIBRATED = 9  # so many splits after another
 class Measured(NamedTuple):
     """A split's steps on one rank."""
 
-    seconds: list[float]  # of each step
+    seconds: list[float]  # of each step, on the rank's own clock
+    wall: list[float]  # of each step, on the wall's
     held: int  # bytes between steps: parameters and the optimizer's state
     peak: int  # bytes beyond these in a step
 
@@ -61,7 +68,7 @@ def measure(device: str, memory: str) -> list[Line]:
         of_ranks = run_ranks(here, ranks, [split for split, _ in candidates], timeout=1800)
         cluster = reduce(faster, of_ranks[0][0])
         rows = assess(auto.model_of(SHAPE, BATCH, torch.float32), cluster, candidates)
-        measured = [slowest(list(each)) for each in zip(*(each for _, each in of_ranks), strict=True)]
+        measured = [together(list(each)) for each in zip(*(each for _, each in of_ranks), strict=True)]
         lines += [compared(ranks, row, each, cluster) for row, each in zip(rows, measured, strict=True)]
     return lines
 
@@ -71,14 +78,32 @@ def here(every: list[Split]) -> tuple[list[Cluster], list[Measured]]:
     clusters, measured = [], []
     for i, split in enumerate(every):
         if i % CALIBRATED == 0:
-            clusters.append(calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32)))
+            clusters.append(calibrated())
         measured.append(steps_here(split))
         if dist.get_rank() == 0:
             print(f"{1e3 * min(measured[-1].seconds):7.0f} ms, {split.call('cpu')}", flush=True)
-        for group in set(dist.distributed_c10d._world.pg_map) - {dist.group.WORLD}:
-            dist.destroy_process_group(group)
-    clusters.append(calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32)))
+        end_groups()
+    clusters.append(calibrated())
     return clusters, measured
+
+
+def calibrated() -> Cluster:
+    """On the ranks' own clock, no core idles while a rank waits: the others use it."""
+    found = calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32), clock=own_clock)
+    return found._replace(spare=float(dist.get_world_size()))
+
+
+def own_clock() -> float:
+    """Seconds of this rank's CPU time, times the ranks that share a core."""
+    return time.process_time() * max(1.0, dist.get_world_size() / (os.cpu_count() or 1))
+
+
+def end_groups() -> None:
+    """End the groups of a split, whose idle threads would disturb the next one. DTensor's caches have its meshes."""
+    gc.collect()
+    for group in set(dist.distributed_c10d._world.pg_map) - {dist.group.WORLD}:
+        dist.destroy_process_group(group)
+    _clear_sharding_prop_cache()
 
 
 def searched(ranks: int) -> Line:
@@ -105,7 +130,6 @@ def faster(a: Cluster, b: Cluster) -> Cluster:
 
 def steps_here(split: Split) -> Measured:
     """Train some steps on this rank."""
-    gc.collect()  # the split before
     options = options_of(dist.get_world_size(), split)
     mesh, parts = parallel.meshes(options), microbatches(options.pp)
     model = parallel.build(SHAPE, mesh, options)
@@ -118,29 +142,32 @@ def steps_here(split: Split) -> Measured:
         train.train_step(model, schedule, optimizer, *inputs, 1e-4, mesh, options)
 
     step()
-    seconds = []
+    seconds, wall = [], []
     for _ in range(STEPS):
         dist.barrier()
-        start = time.perf_counter()
+        start, began = time.perf_counter(), own_clock()
         step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(own_clock() - began)
+        wall.append(time.perf_counter() - start)
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = sum(local(each).untyped_storage().nbytes() for each in (*model.parameters(), *states))
     beyond = peak(step, "cpu", 1)
-    return Measured(seconds, held, beyond)
+    return Measured(seconds, wall, held, beyond)
 
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def slowest(ranks: list[Measured]) -> tuple[float, int]:
-    """Seconds of the fastest step on the slowest rank, and bytes of the rank that needed most."""
-    return min(max(step) for step in zip(*(each.seconds for each in ranks), strict=True)), max(each.held + each.peak for each in ranks)
+def together(ranks: list[Measured]) -> tuple[float, float, int]:
+    """Of the fastest step, the ranks' mean seconds on their own clocks; its wall seconds; bytes of the rank that needed most."""
+    own = min(statistics.mean(step) for step in zip(*(each.seconds for each in ranks), strict=True))
+    wall = min(max(step) for step in zip(*(each.wall for each in ranks), strict=True))
+    return own, wall, max(each.held + each.peak for each in ranks)
 
 
-def compared(ranks: int, row: Row, measured: tuple[float, int], cluster: Cluster) -> Line:
-    seconds, size = measured
+def compared(ranks: int, row: Row, measured: tuple[float, float, int], cluster: Cluster) -> Line:
+    seconds, wall, size = measured
     line = {
         "what": "split",
         "case": "predicted",
@@ -152,7 +179,7 @@ def compared(ranks: int, row: Row, measured: tuple[float, int], cluster: Cluster
     print(f"{row.seconds / seconds:7.3f}  {1e3 * row.seconds:.0f} / {1e3 * seconds:.0f} ms, {row.split.call('cpu')}", flush=True)
     predicted = row.memory.total()
     return line | {
-        "milliseconds": [1e3 * row.seconds, 1e3 * seconds], "bytes": [predicted, size], "times": row.times._asdict(),
+        "milliseconds": [1e3 * row.seconds, 1e3 * seconds], "wall milliseconds": 1e3 * wall, "bytes": [predicted, size], "times": row.times._asdict(),
         "memory parts": row.memory._asdict(), "microbatches": row.way.microbatches, "cluster": cluster.to_dict() | {"sources": []},
     }  # fmt: skip
 

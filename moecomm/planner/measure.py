@@ -24,7 +24,7 @@ from moecomm.layer.make_plan import plan
 from moecomm.layer.route import route
 from moecomm.ops.base.process_group import process_group
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather, start_all_to_all, wait
-from moecomm.parallel.group import Group, GroupLike, resolve_group
+from moecomm.parallel.group import GroupLike, resolve_group
 from moecomm.planner.cluster import Cluster, Link, fit_link
 from moecomm.planner.cost import DENSE_PASSES, HIDDEN_PASSES, ROW_PASSES
 from moecomm.planner.model import Model
@@ -35,6 +35,15 @@ EXCHANGES = 4  # timed one behind the other
 REPEATS = 5
 SIZES = (1 << 10, 1 << 18)  # bytes to each rank
 WIDE = Model(layers=1, dim=1024, hidden=1024, experts=8, k=2, heads=8, kv_heads=8, head=128, vocabulary=1024, sequence=2048)
+
+
+class Ranks(NamedTuple):
+    """Who measures, on what, with which clock."""
+
+    name: str  # of the group
+    size: int
+    device: str
+    clock: Callable[[], float]
 
 
 class Rates(NamedTuple):
@@ -48,7 +57,13 @@ class Rates(NamedTuple):
     launch: float  # seconds a layer
 
 
-def calibrate(group: GroupLike = None, model: Model | None = None, device: str = "cpu", dtype: torch.dtype | None = None) -> Cluster:
+def calibrate(
+    group: GroupLike = None,
+    model: Model | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Cluster:
     """Measure this machine, or these: links, matmul rates, memory. Every rank of the group must call it; all get the same numbers.
 
     Args:
@@ -56,6 +71,7 @@ def calibrate(group: GroupLike = None, model: Model | None = None, device: str =
         model: matmuls and layers have its widths, since small ones are slower. None: widths of 1024.
         device: "cpu", or "cuda" for each rank's current GPU. There, what the host takes counts as hidden behind the GPU's work.
         dtype: of the computation. None: bfloat16 on a GPU, float32 on a CPU.
+        clock: gives the time in seconds.
 
     Returns:
         A `Cluster`, the same on every rank: the mean of the ranks' rates, and links fitted to exchanges of two sizes between two ranks of
@@ -69,15 +85,15 @@ def calibrate(group: GroupLike = None, model: Model | None = None, device: str =
         >>> here.matmul > 0, here.launch > 0
         (True, True)
     """
-    ranks = resolve_group(group)
+    ranks = Ranks(*resolve_group(group), device, clock)
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     model = model or WIDE
     node = min(ranks.size, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)))
-    rates = _rates(ranks, model, device, dtype)
-    inside, between = _links(ranks, node, device)
-    spare = _spare(ranks, node, model, device, dtype)
+    rates = _rates(ranks, model, dtype)
+    inside, between = _links(ranks, node)
+    spare = _spare(ranks, node, model, dtype)
     mine = torch.tensor([*rates, _memory(device, node)], dtype=torch.float64)
-    mean = np.array([each.numpy() for each in _everyones(mine, ranks, device)]).mean(0)
+    mean = np.array([each.numpy() for each in _everyones(mine, ranks)]).mean(0)
     matmul, grouped, attention, copy, stream, launch, memory = (float(each) for each in mean)
     return Cluster(
         f"this machine's {device}" if node == ranks.size else f"these nodes' {device}",
@@ -88,31 +104,31 @@ def calibrate(group: GroupLike = None, model: Model | None = None, device: str =
     )  # fmt: skip
 
 
-def _everyones(mine: Tensor, ranks: Group, device: str) -> list[Tensor]:
+def _everyones(mine: Tensor, ranks: Ranks) -> list[Tensor]:
     """The vector of each rank, on the host."""
     if ranks.size == 1:
         return [mine]
-    mine = mine[None].to(device)
+    mine = mine[None].to(ranks.device)
     return list(all_gathered(start_all_gather(mine, ranks.size, ranks.name), mine, ranks.size).to("cpu"))
 
 
-def _seconds(run: Callable[[], object], ranks: Group, device: str) -> float:
+def _seconds(run: Callable[[], object], ranks: Ranks) -> float:
     """Of the fastest of some runs that all ranks start together; on the slowest rank."""
     run()
     taken = []
     for _ in range(REPEATS):
-        _everyones(torch.zeros(1), ranks, device)
-        begun = _now(device)
+        _everyones(torch.zeros(1), ranks)
+        begun = _now(ranks)
         run()
-        taken.append(_now(device) - begun)
-    times = torch.stack(_everyones(torch.tensor(taken, dtype=torch.float64), ranks, device))  # [ranks, repeats]
+        taken.append(_now(ranks) - begun)
+    times = torch.stack(_everyones(torch.tensor(taken, dtype=torch.float64), ranks))  # [ranks, repeats]
     return float(times.amax(0).min())
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
+def _now(ranks: Ranks) -> float:
+    if ranks.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return ranks.clock()
 
 
 class _Layer:
@@ -178,63 +194,63 @@ def _dense(model: Model, device: str, dtype: torch.dtype) -> tuple[Callable[[], 
     return _trained(lambda: F.linear(x, weight)), 18.0 * rows * d * d
 
 
-def _rates(ranks: Group, model: Model, device: str, dtype: torch.dtype) -> Rates:
+def _rates(ranks: Ranks, model: Model, dtype: torch.dtype) -> Rates:
     """What each rank reaches while all work."""
     length = min(model.sequence, MANY)
     tokens, experts = MANY // length * length, min(model.experts, 8)
-    layer = _Layer(model, experts, device, dtype)
-    dense, flops = _dense(model, device, dtype)
-    matmul = flops / _seconds(dense, ranks, device)
+    layer = _Layer(model, experts, ranks.device, dtype)
+    dense, flops = _dense(model, ranks.device, dtype)
+    matmul = flops / _seconds(dense, ranks)
 
     rows = tokens * layer.k // experts
-    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * rows
-    routed = torch.randn(experts * rows, model.dim, dtype=dtype, device=device).requires_grad_()
-    products = torch.randn(experts * rows, model.hidden, dtype=dtype, device=device).requires_grad_()
+    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=ranks.device) * rows
+    routed = torch.randn(experts * rows, model.dim, dtype=dtype, device=ranks.device).requires_grad_()
+    products = torch.randn(experts * rows, model.hidden, dtype=dtype, device=ranks.device).requires_grad_()
     up = _trained(lambda: F.grouped_mm(routed, layer.into.transpose(1, 2), offs=offsets))
     down = _trained(lambda: F.grouped_mm(products, layer.out.transpose(1, 2), offs=offsets))
-    of_experts = _seconds(up, ranks, device) + _seconds(down, ranks, device)
+    of_experts = _seconds(up, ranks) + _seconds(down, ranks)
     grouped = 18 * experts * rows * model.dim * model.hidden / of_experts
 
     shape = tokens // length, model.heads, length, model.head
-    q, k, v = (torch.randn(shape, dtype=dtype, device=device).requires_grad_() for _ in range(3))
-    scores = _seconds(_trained(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), ranks, device)
+    q, k, v = (torch.randn(shape, dtype=dtype, device=ranks.device).requires_grad_() for _ in range(3))
+    scores = _seconds(_trained(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), ranks)
     attention = layer.flops(tokens, length)[2] / scores
 
-    total, part = torch.zeros(STREAM, device=device), torch.ones(STREAM, device=device)
-    stream = 12 * STREAM / _seconds(lambda: total.add_(part), ranks, device)
+    total, part = torch.zeros(STREAM, device=ranks.device), torch.ones(STREAM, device=ranks.device)
+    stream = 12 * STREAM / _seconds(lambda: total.add_(part), ranks)
 
-    x = torch.randn(1, FEW, model.dim, dtype=dtype, device=device).requires_grad_()
-    small = _Layer(model, layer.k, device, dtype)  # with few weights
-    launch = _seconds(_trained(lambda: small(x)), ranks, device)
-    many = torch.randn(tokens // length, length, model.dim, dtype=dtype, device=device).requires_grad_()
-    whole = _seconds(_trained(lambda: layer(many)), ranks, device)
+    x = torch.randn(1, FEW, model.dim, dtype=dtype, device=ranks.device).requires_grad_()
+    small = _Layer(model, layer.k, ranks.device, dtype)  # with few weights
+    launch = _seconds(_trained(lambda: small(x)), ranks)
+    many = torch.randn(tokens // length, length, model.dim, dtype=dtype, device=ranks.device).requires_grad_()
+    whole = _seconds(_trained(lambda: layer(many)), ranks)
     known = sum(flops / rate for flops, rate in zip(layer.flops(tokens, length), (matmul, grouped, attention), strict=True))
-    hidden = launch if device == "cuda" else 0.0  # behind the GPU's work
+    hidden = launch if ranks.device == "cuda" else 0.0  # behind the GPU's work
     rest = max(whole - launch + hidden - known, 0.05 * whole)
     return Rates(matmul, grouped, attention, layer.moved(tokens, x.element_size()) / rest, stream, launch)
 
 
-def _spare(ranks: Group, node: int, model: Model, device: str, dtype: torch.dtype) -> float:
+def _spare(ranks: Ranks, node: int, model: Model, dtype: torch.dtype) -> float:
     """How many times as fast the first rank of a node computes while the others wait; the two cases take turns."""
     if node == 1:
         return 1.0
-    dense, _ = _dense(model, device, dtype)
+    dense, _ = _dense(model, ranks.device, dtype)
     mine = process_group(ranks.name).rank() % node == 0
     taken = np.zeros((2, REPEATS))  # alone, and together
     dense()
     for repeat in range(REPEATS):
         for together in (0, 1):
-            _everyones(torch.zeros(1), ranks, device)
-            begun = _now(device)
+            _everyones(torch.zeros(1), ranks)
+            begun = _now(ranks)
             if mine or together:
                 dense()
-            taken[together, repeat] = _now(device) - begun
-            _everyones(torch.zeros(1), ranks, device)
-    every = torch.stack(_everyones(torch.from_numpy(taken.min(1)), ranks, device)).numpy()  # [ranks, 2]
+            taken[together, repeat] = _now(ranks) - begun
+            _everyones(torch.zeros(1), ranks)
+    every = torch.stack(_everyones(torch.from_numpy(taken.min(1)), ranks)).numpy()  # [ranks, 2]
     return max(1.0, float(every[:, 1].mean() / every[::node, 0].mean()))
 
 
-def _links(ranks: Group, node: int, device: str) -> tuple[Link, Link]:
+def _links(ranks: Ranks, node: int) -> tuple[Link, Link]:
     """The links inside a node, and between nodes, from exchanges of two sizes; of a group of one rank, links that take no time."""
     none = Link(0.0, 0.0, float("inf"))
     inside = between = none
@@ -243,13 +259,13 @@ def _links(ranks: Group, node: int, device: str) -> tuple[Link, Link]:
         first = world // node * node
         pair = world // 2 * 2 if node % 2 == 0 else world
         groups = [list(range(first, first + node)), *([list(range(pair, pair + 2))] if node > 2 and node % 2 == 0 else [])]
-        inside = _fitted(ranks, groups, device)
+        inside = _fitted(ranks, groups)
     if ranks.size > node:
-        between = _fitted(ranks, [list(range(world % node, ranks.size, node))], device)
+        between = _fitted(ranks, [list(range(world % node, ranks.size, node))])
     return inside, between
 
 
-def _fitted(ranks: Group, groups: list[list[int]], device: str) -> Link:
+def _fitted(ranks: Ranks, groups: list[list[int]]) -> Link:
     """The link that explains the exchanges in this rank's ``groups``, which other ranks make in theirs at the same time."""
     messages, sizes, seconds = [], [], []
     for members in groups:
@@ -257,7 +273,7 @@ def _fitted(ranks: Group, groups: list[list[int]], device: str) -> Link:
         own = len(members) < ranks.size
         group = dist.new_group([everywhere[i] for i in members], use_local_synchronization=True) if own else process_group(ranks.name)
         for size in SIZES:
-            send = torch.zeros(len(members) * size, dtype=torch.uint8, device=device)
+            send = torch.zeros(len(members) * size, dtype=torch.uint8, device=ranks.device)
             splits = [size] * len(members)
             name = group.group_name
 
@@ -267,7 +283,7 @@ def _fitted(ranks: Group, groups: list[list[int]], device: str) -> Link:
 
             messages.append(len(members) - 1)
             sizes.append(size)
-            seconds.append(_seconds(run, ranks, device) / EXCHANGES)
+            seconds.append(_seconds(run, ranks) / EXCHANGES)
         if own:
             dist.destroy_process_group(group)
     return fit_link(messages, sizes, seconds)
