@@ -6,9 +6,9 @@ For each number of ranks, `calibrate` measures this machine with all of them at 
 The planner predicts every split from these numbers, with the demo's number of microbatches. Every split trains some steps: gloo, float32,
 eager, one thread a rank. The measured time is that of the fastest step; each number of the calibrations is the fastest, too.
 
-Ranks share the cores, with each other and with whatever else the machine does. So the benchmark has a clock that others cannot disturb much:
-the CPU time of a rank, times the ranks of a core. It is the time that a step takes if no core idles and nobody else uses the machine. A
-pipeline's bubble costs nothing then, because other ranks use the core. The lines have the wall's time, too.
+Ranks share the cores, with each other and with whatever else the machine does. So the benchmark has a clock that others can hardly
+disturb: the CPU time of a rank, times the ranks of a core. It is the time that a step takes if no core idles and nobody else uses the
+machine. A pipeline's bubble costs nothing then, because other ranks use the core. The lines have the wall's time, too.
 
 Memory: torch's profiler sees what is allocated and freed in a step. What a rank holds between steps, its parameters and moments, is added.
 """
@@ -41,7 +41,7 @@ from tutorials.demo.splits import microbatches
 RANKS = (2, 4, 8)
 SEARCHED = (64, 4096)
 SHAPE, BATCH = Shape(context=128), 16
-STEPS = 6
+STEPS = 5
 CALIBRATED = 9  # so many splits after another
 
 
@@ -168,19 +168,12 @@ def together(ranks: list[Measured]) -> tuple[float, float, int]:
 
 def compared(ranks: int, row: Row, measured: tuple[float, float, int], cluster: Cluster) -> Line:
     seconds, wall, size = measured
-    line = {
-        "what": "split",
-        "case": "predicted",
-        "to": "measured",
-        "ranks": ranks,
-        "split": row.split._asdict(),
-        "ratio": row.seconds / seconds,
-    }
     print(f"{row.seconds / seconds:7.3f}  {1e3 * row.seconds:.0f} / {1e3 * seconds:.0f} ms, {row.split.call('cpu')}", flush=True)
-    predicted = row.memory.total()
-    return line | {
-        "milliseconds": [1e3 * row.seconds, 1e3 * seconds], "wall milliseconds": 1e3 * wall, "bytes": [predicted, size], "times": row.times._asdict(),
-        "memory parts": row.memory._asdict(), "microbatches": row.way.microbatches, "cluster": cluster.to_dict() | {"sources": []},
+    return {
+        "what": "split", "case": "predicted", "to": "measured", "ranks": ranks, "split": row.split._asdict(),
+        "microbatches": row.way.microbatches, "ratio": row.seconds / seconds, "milliseconds": [1e3 * row.seconds, 1e3 * seconds],
+        "wall milliseconds": 1e3 * wall, "times": row.times._asdict(), "bytes": [row.memory.total(), size],
+        "memory parts": row.memory._asdict(), "cluster": cluster.to_dict() | {"sources": []},
     }  # fmt: skip
 
 

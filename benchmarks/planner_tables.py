@@ -19,7 +19,9 @@ def planner(results: Line) -> str:
     sizes = (
         f"The demo's model: {shape['layers']} layers, D = {shape['dim']}, H = {shape['hidden']}, E = {shape['experts']}, "
         f"K = {shape['top_k']}, {about['batch']} sequences of {shape['context']} tokens a step; float32, eager. "
-        f"Measured: the fastest of {about['steps']} steps. All ranks share the machine's cores."
+        f"Measured: the fastest of {about['steps']} steps, by the CPU time of the ranks, times the ranks of a core. That is what a step takes "
+        f"if no core idles and nobody else uses the machine. On the wall's clock, with what else ran, steps took {slower(lines):.1f} times as "
+        f"long (median)."
     )
     header = [
         "splits of",
@@ -41,6 +43,11 @@ def planner(results: Line) -> str:
             fastest(lines),
         ]
     )
+
+
+def slower(lines: list[Line]) -> float:
+    """The wall's time of a step relative to its CPU time."""
+    return statistics.median(line["wall milliseconds"] / line["milliseconds"][1] for line in lines)
 
 
 def errors(lines: list[Line], of: str = "milliseconds") -> list[float]:

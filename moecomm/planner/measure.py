@@ -30,7 +30,7 @@ from moecomm.planner.cost import DENSE_PASSES, HIDDEN_PASSES, ROW_PASSES
 from moecomm.planner.model import Model
 
 FEW, MANY = 16, 1024  # tokens of the layers that show what the host takes, and what the work takes
-STREAM = 2**20  # float32 numbers of a long sum
+STREAM = 2**22  # float32 numbers of a long sum
 EXCHANGES = 4  # timed one behind the other
 REPEATS = 5
 SIZES = (1 << 10, 1 << 18)  # bytes to each rank
@@ -68,6 +68,7 @@ def calibrate(
 
     Args:
         group: the ranks that a training will have. Ranks of a node are consecutive, as torchrun starts them, LOCAL_WORLD_SIZE at a time.
+            In a group of fewer ranks than the world, one link stands for those inside a node and between nodes.
         model: matmuls and layers have its widths, since small ones are slower. None: widths of 1024.
         device: "cpu", or "cuda" for each rank's current GPU. There, what the host takes counts as hidden behind the GPU's work.
         dtype: of the computation. None: bfloat16 on a GPU, float32 on a CPU.
@@ -77,7 +78,7 @@ def calibrate(
         A `Cluster`, the same on every rank: the mean of the ranks' rates, and links fitted to exchanges of two sizes between two ranks of
         a node and between all.
 
-    It takes some seconds, and makes up to two process groups, which it destroys.
+    It takes some seconds. It makes process groups of the nodes, of pairs and across nodes, and destroys them.
 
     Example:
         >>> small = Model(layers=1, dim=32, hidden=32, experts=4, k=2, heads=2, kv_heads=2, head=16, vocabulary=64, sequence=32)
@@ -251,42 +252,49 @@ def _spare(ranks: Ranks, node: int, model: Model, dtype: torch.dtype) -> float:
 
 
 def _links(ranks: Ranks, node: int) -> tuple[Link, Link]:
-    """The links inside a node, and between nodes, from exchanges of two sizes; of a group of one rank, links that take no time."""
-    none = Link(0.0, 0.0, float("inf"))
-    inside = between = none
-    world = process_group(ranks.name).rank() if ranks.size > 1 else 0
+    """The links inside a node and between nodes, fitted to exchanges; of a group of one rank, links that take no time."""
+    inside = between = Link(0.0, 0.0, float("inf"))
+    if ranks.size == 1:
+        return inside, between
+    if ranks.size < dist.get_world_size():  # other ranks of the world do not come to make groups
+        link = fit_link(*zip(*_exchanges(ranks, ranks.name, ranks.size), strict=True))
+        return link, link
+    first = range(0, ranks.size, node)
     if node > 1:
-        first = world // node * node
-        pair = world // 2 * 2 if node % 2 == 0 else world
-        groups = [list(range(first, first + node)), *([list(range(pair, pair + 2))] if node > 2 and node % 2 == 0 else [])]
+        groups = [[list(range(i, i + node)) for i in first]]
+        if node > 2 and node % 2 == 0:
+            groups.append([[i, i + 1] for i in range(0, ranks.size, 2)])
         inside = _fitted(ranks, groups)
     if ranks.size > node:
-        between = _fitted(ranks, [list(range(world % node, ranks.size, node))])
+        between = _fitted(ranks, [[list(range(i, ranks.size, node)) for i in range(node)]])
     return inside, between
 
 
-def _fitted(ranks: Ranks, groups: list[list[int]]) -> Link:
-    """The link that explains the exchanges in this rank's ``groups``, which other ranks make in theirs at the same time."""
-    messages, sizes, seconds = [], [], []
-    for members in groups:
-        everywhere = dist.get_process_group_ranks(process_group(ranks.name))
-        own = len(members) < ranks.size
-        group = dist.new_group([everywhere[i] for i in members], use_local_synchronization=True) if own else process_group(ranks.name)
-        for size in SIZES:
-            send = torch.zeros(len(members) * size, dtype=torch.uint8, device=ranks.device)
-            splits = [size] * len(members)
-            name = group.group_name
+def _fitted(ranks: Ranks, divisions: list[list[list[int]]]) -> Link:
+    """The link that explains the exchanges in the groups of each division of the world, which all groups make at the same time."""
+    found: list[tuple[int, int, float]] = []
+    for division in divisions:
+        whole = len(division) == 1
+        groups = [dist.group.WORLD if whole else dist.new_group(members) for members in division]
+        own = next(group for group, members in zip(groups, division, strict=True) if dist.get_rank() in members)
+        found += _exchanges(ranks, own.group_name, len(division[0]))  # type: ignore[union-attr]
+        if not whole:
+            dist.destroy_process_group(own)
+    return fit_link(*zip(*found, strict=True))
 
-            def run(send: Tensor = send, splits: list[int] = splits, name: str = name) -> None:
-                for _ in range(EXCHANGES):
-                    wait(start_all_to_all(send, splits, name))
 
-            messages.append(len(members) - 1)
-            sizes.append(size)
-            seconds.append(_seconds(run, ranks) / EXCHANGES)
-        if own:
-            dist.destroy_process_group(group)
-    return fit_link(messages, sizes, seconds)
+def _exchanges(ranks: Ranks, group: str, size: int) -> list[tuple[int, int, float]]:
+    """The messages, the bytes to each rank and the seconds of an exchange in ``group``, of two sizes."""
+    found = []
+    for bytes_to_each in SIZES:
+        send = torch.zeros(size * bytes_to_each, dtype=torch.uint8, device=ranks.device)
+
+        def run(send: Tensor = send, splits: tuple[int, ...] = (bytes_to_each,) * size) -> None:
+            for _ in range(EXCHANGES):
+                wait(start_all_to_all(send, splits, group))
+
+        found.append((size - 1, bytes_to_each, _seconds(run, ranks) / EXCHANGES))
+    return found
 
 
 def _memory(device: str, node: int) -> float:
