@@ -16,12 +16,11 @@ def planner(results: Line) -> str:
     ranks = sorted({line["ranks"] for line in lines})
     rows = [summary(f"{count} ranks", found(lines, ranks=count)) for count in ranks] + [summary("all", lines)]
     shape = about["shape"]
-    sizes = (
+    ran_on = (
         f"The demo's model: {shape['layers']} layers, D = {shape['dim']}, H = {shape['hidden']}, E = {shape['experts']}, "
-        f"K = {shape['top_k']}, {about['batch']} sequences of {shape['context']} tokens a step; float32, eager. "
-        f"Measured: the fastest of {about['steps']} steps, by the CPU time of the ranks, times the ranks of a core. That is what a step takes "
-        f"if no core idles and nobody else uses the machine. On the wall's clock, with what else ran, steps took {slower(lines):.1f} times as "
-        f"long (median)."
+        f"K = {shape['top_k']}, {about['batch']} sequences of {shape['context']} tokens a step; float32, eager. Measured: the fastest of "
+        f"{about['steps']} steps, by the CPU time of the ranks, times the ranks of a core. A step takes that if no core idles and nobody "
+        f"else uses the machine. On the wall's clock, with what else ran, steps took {slower(lines):.1f} times as long (median)."
     )
     header = [
         "splits of",

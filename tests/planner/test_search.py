@@ -121,15 +121,15 @@ def test_what_a_search_cannot_take_is_refused_by_name(arguments: dict[str, Any],
         search(MODEL, H100, **arguments)
 
 
-@pytest.mark.parametrize(("config", "nodes"), [(QWEN3, 2), (DEEPSEEK, 64)])
+@pytest.mark.parametrize(("config", "nodes"), [(QWEN3, 2), (DEEPSEEK, 32)])
 def test_the_command_prints_a_table_and_the_call_to_paste(
     config: dict[str, Any], nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    assert main(["--config", str(file), "--cluster", "h200", "--nodes", str(nodes), "--batch", "2048"]) == 0
+    assert main(["--config", str(file), "--cluster", "b200", "--nodes", str(nodes), "--batch", "256"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith(f"{8 * nodes} ranks of h200")
+    assert lines[1].startswith(f"{8 * nodes} ranks of b200")
     pp, dp, cp, tp, _, ep, etp = sizes_in(lines[3])
     assert lines[-1] == f'mesh = moe_mesh("cuda", pp={pp}, dp={dp}, cp={cp}, tp={tp}, ep={ep}, etp={etp})'
 
