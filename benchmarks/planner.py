@@ -4,7 +4,7 @@
 
 For each number of ranks, `calibrate` measures this machine with all of them at work, before the first split, between splits and at the end.
 The planner predicts every split from these numbers, with the demo's number of microbatches. Every split trains some steps: gloo, float32,
-eager, one thread a rank. The measured time is that of the fastest step; each number of the calibrations is the fastest, too.
+eager, one thread a rank. The measured time is that of the median step; each number of the calibrations is the median, too.
 
 Ranks share the cores, with each other and with whatever else the machine does. So the benchmark has a clock that others can hardly
 disturb: the CPU time of a rank, times the ranks of a core. It is the time that a step takes if no core idles and nobody else uses the
@@ -20,7 +20,6 @@ import os
 import statistics
 import time
 from argparse import Namespace
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -42,7 +41,8 @@ RANKS = (2, 4, 8)
 SEARCHED = (64, 4096)
 SHAPE, BATCH = Shape(context=128), 16
 STEPS = 5
-CALIBRATED = 9  # so many splits after another
+CALIBRATED = 5  # so many splits after another
+RATES = ("matmul", "grouped", "attention", "copy", "stream", "launch")
 
 
 class Measured(NamedTuple):
@@ -66,7 +66,7 @@ def measure(device: str, memory: str) -> list[Line]:
     for ranks in RANKS:
         candidates = list(auto.candidates(options_of(ranks), SHAPE))
         of_ranks = run_ranks(here, ranks, [split for split, _ in candidates], timeout=1800)
-        cluster = reduce(faster, of_ranks[0][0])
+        cluster = middle(of_ranks[0][0])
         rows = assess(auto.model_of(SHAPE, BATCH, torch.float32), cluster, candidates)
         measured = [together(list(each)) for each in zip(*(each for _, each in of_ranks), strict=True)]
         lines += [compared(ranks, row, each, cluster) for row, each in zip(rows, measured, strict=True)]
@@ -81,7 +81,7 @@ def here(every: list[Split]) -> tuple[list[Cluster], list[Measured]]:
             clusters.append(calibrated())
         measured.append(steps_here(split))
         if dist.get_rank() == 0:
-            print(f"{1e3 * min(measured[-1].seconds):7.0f} ms, {split.call('cpu')}", flush=True)
+            print(f"{1e3 * statistics.median(measured[-1].seconds):7.0f} ms, {split.call('cpu')}", flush=True)
         end_groups()
     clusters.append(calibrated())
     return clusters, measured
@@ -121,11 +121,11 @@ def options_of(ranks: int, split: Split | None = None) -> Namespace:
     return parse([f"--batch={BATCH}", f"--ranks={ranks}", *given, "--no-compile", "--dtype=float32"])
 
 
-def faster(a: Cluster, b: Cluster) -> Cluster:
-    """Of two calibrations, each number of the one that less disturbed."""
-    rates = {name: max(getattr(a, name), getattr(b, name)) for name in ("matmul", "grouped", "attention", "copy", "stream")}
-    inside = min(a.inside, b.inside, key=lambda link: link.latency + link.overhead + 1e5 / link.speed)
-    return a._replace(**rates, inside=inside, launch=min(a.launch, b.launch), spare=max(a.spare, b.spare))
+def middle(clusters: list[Cluster]) -> Cluster:
+    """Of each number of the calibrations the median; the link as a whole."""
+    rates = {name: statistics.median(getattr(each, name) for each in clusters) for name in RATES}
+    links = sorted((each.inside for each in clusters), key=lambda link: link.latency + link.overhead + 1e5 / link.speed)
+    return clusters[0]._replace(**rates, inside=links[len(links) // 2])
 
 
 def steps_here(split: Split) -> Measured:
@@ -160,9 +160,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def together(ranks: list[Measured]) -> tuple[float, float, int]:
-    """Of the fastest step, the ranks' mean seconds on their own clocks; its wall seconds; bytes of the rank that needed most."""
-    own = min(statistics.mean(step) for step in zip(*(each.seconds for each in ranks), strict=True))
-    wall = min(max(step) for step in zip(*(each.wall for each in ranks), strict=True))
+    """Of the median step, the ranks' mean seconds on their own clocks; its wall seconds; bytes of the rank that needed most."""
+    own = statistics.median(statistics.mean(step) for step in zip(*(each.seconds for each in ranks), strict=True))
+    wall = statistics.median(max(step) for step in zip(*(each.wall for each in ranks), strict=True))
     return own, wall, max(each.held + each.peak for each in ranks)
 
 

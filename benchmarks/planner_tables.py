@@ -18,7 +18,7 @@ def planner(results: Line) -> str:
     shape = about["shape"]
     ran_on = (
         f"The demo's model: {shape['layers']} layers, D = {shape['dim']}, H = {shape['hidden']}, E = {shape['experts']}, "
-        f"K = {shape['top_k']}, {about['batch']} sequences of {shape['context']} tokens a step; float32, eager. Measured: the fastest of "
+        f"K = {shape['top_k']}, {about['batch']} sequences of {shape['context']} tokens a step; float32, eager. Measured: the median of "
         f"{about['steps']} steps, by the CPU time of the ranks, times the ranks of a core. A step takes that if no core idles and nobody "
         f"else uses the machine. On the wall's clock, with what else ran, steps took {slower(lines):.1f} times as long (median)."
     )
@@ -35,7 +35,7 @@ def planner(results: Line) -> str:
     return "\n\n".join(
         [
             ran(about),
-            sizes,
+            ran_on,
             targets(lines, found(results["lines"], what="search")),
             table(header, rows),
             calibrations(lines),

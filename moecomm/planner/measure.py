@@ -114,7 +114,7 @@ def _everyones(mine: Tensor, ranks: Ranks) -> list[Tensor]:
 
 
 def _seconds(run: Callable[[], object], ranks: Ranks) -> float:
-    """Of the fastest of some runs that all ranks start together; on the slowest rank."""
+    """Of the median of some runs that all ranks start together; on the slowest rank."""
     run()
     taken = []
     for _ in range(REPEATS):
@@ -123,7 +123,7 @@ def _seconds(run: Callable[[], object], ranks: Ranks) -> float:
         run()
         taken.append(_now(ranks) - begun)
     times = torch.stack(_everyones(torch.tensor(taken, dtype=torch.float64), ranks))  # [ranks, repeats]
-    return float(times.amax(0).min())
+    return float(times.amax(0).median())
 
 
 def _now(ranks: Ranks) -> float:
@@ -247,7 +247,7 @@ def _spare(ranks: Ranks, node: int, model: Model, dtype: torch.dtype) -> float:
                 dense()
             taken[together, repeat] = _now(ranks) - begun
             _everyones(torch.zeros(1), ranks)
-    every = torch.stack(_everyones(torch.from_numpy(taken.min(1)), ranks)).numpy()  # [ranks, 2]
+    every = torch.stack(_everyones(torch.from_numpy(np.median(taken, 1)), ranks)).numpy()  # [ranks, 2]
     return max(1.0, float(every[:, 1].mean() / every[::node, 0].mean()))
 
 
