@@ -33,7 +33,7 @@ FEW, MANY = 16, 1024  # tokens of the layers that show what the host takes, and 
 STREAM = 2**22  # float32 numbers of a long sum
 EXCHANGES = 4  # timed one behind the other
 REPEATS = 5
-SIZES = (1 << 10, 1 << 18)  # bytes to each rank
+SIZES = (1 << 10, 1 << 20)  # bytes to each rank
 WIDE = Model(layers=1, dim=1024, hidden=1024, experts=8, k=2, heads=8, kv_heads=8, head=128, vocabulary=1024, sequence=2048)
 
 
