@@ -151,7 +151,7 @@ def steps_here(split: Split) -> Measured:
         wall.append(time.perf_counter() - start)
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = sum(local(each).untyped_storage().nbytes() for each in (*model.parameters(), *states))
-    beyond = peak(step, "cpu", 1)
+    beyond = peak(step, "cpu", 3)
     return Measured(seconds, wall, held, beyond)
 
 

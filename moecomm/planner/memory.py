@@ -86,7 +86,10 @@ def buffers(model: Model, split: Split, way: Way, full: Fullest, last: Any) -> A
     received = np.where(
         way.static & (split.ep > 1), 2 * t * split.etp * split.ep * room(model, split, way, full) * model.dim * model.itemsize, 0.0
     )
-    return gathered + received + np.where(last, np.maximum(of_layer, logits) + logits / 2, of_layer)
+    between = np.where(
+        split.pp > 1, 1.0 * way.microbatches * t * model.dim * model.itemsize, 0.0
+    )  # PipelineStage's, to receive each one in
+    return gathered + received + between + np.where(last, np.maximum(of_layer, logits) + logits / 2, of_layer)
 
 
 def peak(model: Model, split: Split, way: Way, full: Fullest) -> Memory:
