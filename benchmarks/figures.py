@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import layer_tables, pictures, sweep_tables, tables
+from benchmarks import layer_tables, pictures, planner_tables, sweep_tables, tables
 from benchmarks.timing import RESULTS, Line
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -22,8 +22,14 @@ SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "kept": ("What a layer keeps for its backward pass", tables.kept),
     "sweep": ("How the cost grows with each variable", sweep_tables.sweep),
     "links": ("The exchange model: predicted and measured", tables.links),
+    "planner": ("The planner: predicted and measured splits", planner_tables.planner),
 }
-DRAWN: dict[str, Callable[[Line, Path], None]] = {"layer": pictures.layer, "sweep": pictures.sweep, "links": pictures.links}
+DRAWN: dict[str, Callable[[Line, Path], None]] = {
+    "layer": pictures.layer,
+    "sweep": pictures.sweep,
+    "links": pictures.links,
+    "planner": pictures.planner,
+}
 DEVICES = {"cpu": "On CPUs", "cuda": "On a GPU: all tables"}
 
 

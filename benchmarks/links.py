@@ -14,14 +14,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.inputs import routed
-from benchmarks.model import HOPPER, Link, Load, pairs, predicted
+from benchmarks.model import HOPPER, Load, predicted
 from benchmarks.timing import WARM, Line, command, interleaved, quartiles
+from moecomm.planner import Link
+from moecomm.planner.cluster import fit_link
+from moecomm.planner.routing import pairs
 from tests.spawn import run_ranks
 
 RANKS, FITTED = (2, 4, 8), (2, 4)
@@ -97,19 +99,9 @@ def seconds(link: Link, ranks: int, bytes_to_each: float) -> float:
 
 
 def fit(measured: list[Measured]) -> Link:
-    """The link of least relative error, squared; a number that would be negative is nothing."""
-    messages = np.array([float(each.ranks * (each.ranks - 1)) for each in measured])
-    sizes = np.array([each.bytes_to_each for each in measured])
-    times = np.array([each.seconds[1] / each.exchanges for each in measured])
-    columns = np.stack([np.ones_like(messages), messages, messages * sizes], 1) / times[:, None]
-    kept = [0, 1, 2]
-    while True:
-        found = np.linalg.lstsq(columns[:, kept], np.ones_like(times), rcond=None)[0]
-        if (found > 0).all():
-            break
-        kept.pop(int(found.argmin()))
-    values = dict(zip(kept, found.tolist(), strict=True))
-    return Link(values.get(0, 0.0), values.get(1, 0.0), 1 / values[2])
+    """The planner's fit: every message of any rank takes its time on the one link."""
+    messages = [each.ranks * (each.ranks - 1) for each in measured]
+    return fit_link(messages, [each.bytes_to_each for each in measured], [each.seconds[1] / each.exchanges for each in measured])
 
 
 def compared(link: Link, each: Measured) -> Line:

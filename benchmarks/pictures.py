@@ -118,3 +118,28 @@ def links(results: Line, picture: Path) -> None:
     assumed = "\n".join(textwrap.fill(source, 62) for source in about["cluster"]["sources"])
     right.text(0.98, 0.03, f"exchanges only; assumed cluster:\n{assumed}", transform=right.transAxes, fontsize=6, ha="right", va="bottom")
     titled(figure, results, picture)
+
+
+def planner(results: Line, picture: Path) -> None:
+    """What the planner predicts of each split beside what was measured: seconds and bytes."""
+    lines = found(results["lines"], what="split")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8))
+    for axis, of, scale, unit in (
+        (axes[0], "milliseconds", 1.0, "ms a step"),
+        (axes[1], "bytes", 2.0**-20, "MiB of the rank that needs most"),
+    ):
+        for ranks, color in zip(sorted({line["ranks"] for line in lines}), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+            for several, marker in ((False, "o"), (True, "^")):
+                here = [line for line in found(lines, ranks=ranks) if (line["split"]["pp"] > 1) == several]
+                predicted, measured = ([scale * line[of][i] for line in here] for i in (0, 1))
+                label = f"{ranks} ranks, {'a pipeline' if several else 'one stage'}"
+                axis.plot(measured, predicted, marker, color=color, markersize=5, fillstyle="none", label=label)
+        values = [scale * value for line in lines for value in line[of]]
+        limits = [0.9 * min(values), 1.1 * max(values)]
+        axis.plot(limits, limits, color="gray", linewidth=0.8)
+        axis.fill_between(
+            limits, [0.9 * limits[0], 0.9 * limits[1]], [1.1 * limits[0], 1.1 * limits[1]], color="lightgray", alpha=0.5, zorder=0
+        )
+        axis.set(xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}")
+    axes[0].legend(fontsize=7, title="gray: within 10 %", title_fontsize=7)
+    titled(figure, results, picture)

@@ -176,7 +176,7 @@ def gathered(value: int) -> list[int]:
     return everyones
 
 
-def peak(run: Callable[[], object], device: str) -> int:
+def peak(run: Callable[[], object], device: str, repeats: int = 5) -> int:
     """The most bytes that are allocated at a time while it runs, beyond those of before; it has run before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -184,7 +184,7 @@ def peak(run: Callable[[], object], device: str) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     # The profiler sees what this thread frees, and no other. What gloo's thread frees, in some runs only, it takes for held.
-    return min(_peak_on_cpu(run) for _ in range(5))
+    return min(_peak_on_cpu(run) for _ in range(repeats))
 
 
 def _peak_on_cpu(run: Callable[[], object]) -> int:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks import cpu_time, experts, figures, floors, kept, layer, links, sweep, timing
+from benchmarks import cpu_time, experts, figures, floors, kept, layer, links, planner, planner_tables, sweep, timing
 from benchmarks.inputs import ALL_TO_ONE, ZIPF, routed, step
 from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
 from benchmarks.sweep import Point
 from benchmarks.whole import check_whole, with_experts
+from moecomm.planner import PRESETS, Split, Way, assess, parameters
 from tests.spawn import FOUR, run_ranks
+from tutorials.demo import auto
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -220,6 +222,34 @@ def test_exchanges_are_measured_beside_what_the_model_expects_of_them() -> None:
     assert by_slot == [16 * k * 32 / 2 for k in links.TOP_K]
 
 
+def steps_here(split: Split) -> planner.Measured:
+    with patch.multiple(planner, SHAPE=planner.SHAPE._replace(dim=32, hidden=32, context=32), STEPS=2):
+        return planner.steps_here(split)
+
+
+@pytest.mark.slow
+def test_a_split_is_measured_beside_what_the_planner_predicts_of_it() -> None:
+    split = Split(pp=1, dp=2, cp=1, tp=1, edp=1, ep=2, etp=1)
+    measured = run_ranks(steps_here, 2, split, timeout=120)
+    shape = planner.SHAPE._replace(dim=32, hidden=32, context=32)
+    model = auto.model_of(shape, planner.BATCH, torch.float32)
+    assert all(each.held == pytest.approx(parameters(model).total(model) / 2 * 12, rel=1e-3) for each in measured)  # and Adam's steps
+    seconds, wall, size = planner.together(measured)
+    of_steps = sorted(sum(step) / 2 for step in zip(*(each.seconds for each in measured), strict=True))
+    assert seconds == pytest.approx(sum(of_steps) / 2)  # the median of two
+    assert wall > 0
+    [row] = assess(model, PRESETS["h100"], [(split, Way(1, False, False, 0))])
+    assert planner.compared(2, row, (seconds, wall, size), PRESETS["h100"])["bytes"] == [row.memory.total(), size]
+    assert row.memory.total() == pytest.approx(size, rel=0.15)
+
+
+def test_errors_are_relative_to_what_was_measured() -> None:
+    lines = [{"milliseconds": pair, "ranks": 2} for pair in ([110.0, 100.0], [190.0, 200.0], [90.0, 120.0])]
+    assert planner_tables.errors(lines) == pytest.approx([0.1, 0.05, 0.25])
+    assert planner_tables.r2(lines) == pytest.approx(1 - (100 + 100 + 900) / (40**2 + 60**2 + 20**2))
+    assert planner_tables.choice(lines) == pytest.approx(1.2)  # the third is predicted to be fastest, and the first is
+
+
 def test_a_step_gives_the_gradients_of_tokens_and_weights() -> None:
     x, chosen, weights, grad = routed(6, 4, 4, 2, torch.float32)
     to_x, to_weights = step(ON_ONE[MOECOMM], x, chosen, weights, 4, grad)
@@ -229,7 +259,7 @@ def test_a_step_gives_the_gradients_of_tokens_and_weights() -> None:
 
 def test_the_figures_in_the_document_are_those_of_the_committed_runs() -> None:
     assert figures.figures() in figures.DOCUMENT.read_text()
-    for picture in ("layer_cpu.png", "sweep_cpu.png", "links_cpu.png"):
+    for picture in ("layer_cpu.png", "sweep_cpu.png", "links_cpu.png", "planner_cpu.png"):
         assert (timing.RESULTS / picture).stat().st_size > 10_000
 
 

@@ -8,9 +8,16 @@ import torch
 import moecomm.functional as mf
 from benchmarks import links
 from benchmarks.links import Measured
-from benchmarks.model import HOPPER, Cluster, Link, Load, exchange, k_fold, moecomm, pairs, predicted
+from benchmarks.model import HOPPER, Load, k_fold, moecomm, predicted
+from moecomm.planner import Cluster, Link
+from moecomm.planner.cluster import exchange
+from moecomm.planner.routing import pairs
 
 TOKENS = 20_000
+
+
+def nodes_of(ranks: int, inside: Link, between: Link) -> Cluster:
+    return HOPPER._replace(node=ranks, inside=inside, between=between)
 
 
 def counted(experts: torch.Tensor, ranks: int, num_experts: int) -> float:
@@ -53,7 +60,7 @@ def test_the_limits_of_pairs() -> None:
 
 def test_an_exchange_is_latency_for_nothing_and_bytes_by_speed_for_much() -> None:
     here, there = Link(1e-6, 1e-7, 1e11), Link(1e-5, 1e-6, 1e10)
-    cluster = Cluster(4, here, there, ())
+    cluster = nodes_of(4, here, there)
     assert exchange(cluster, 1, 1e6) == 0
     assert exchange(cluster, 4, 0) == pytest.approx(1e-6 + 3e-7)
     assert exchange(cluster, 4, 1e9) == pytest.approx(3e9 / 1e11, rel=1e-3)
@@ -63,7 +70,7 @@ def test_an_exchange_is_latency_for_nothing_and_bytes_by_speed_for_much() -> Non
 
 def test_where_bytes_are_all_the_ways_differ_by_the_pairs() -> None:
     fast = Link(0.0, 0.0, 1e10)
-    cluster, load = Cluster(8, fast, fast, ()), Load(tokens=4096, dim=2**20, experts=64, k=8)
+    cluster, load = nodes_of(8, fast, fast), Load(tokens=4096, dim=2**20, experts=64, k=8)
     assert k_fold(cluster, 16, load) / moecomm(cluster, 16, load) == pytest.approx(8 / pairs(64, 8, 16), rel=1e-3)
 
 
@@ -71,7 +78,7 @@ def test_the_slots_of_few_tokens_cost_no_exchange_of_their_own() -> None:
     slow = Link(1.0, 0.0, 1e30)  # an exchange takes a second, whatever it carries
     for tokens, exchanges in ((100, 3), (400, 4)):  # 0.9 of them to each rank, where 204 pairs have room
         load = Load(tokens=tokens, dim=16, experts=32, k=8)
-        assert moecomm(Cluster(8, slow, slow, ()), 4, load) == pytest.approx(exchanges)
+        assert moecomm(nodes_of(8, slow, slow), 4, load) == pytest.approx(exchanges)
 
 
 def test_the_prediction_of_the_cluster_grows_with_it() -> None:

@@ -16,6 +16,7 @@ import torch
 from moecomm.mesh import divisors
 from tests.spawn import run_ranks
 from tutorials.demo import checkpoint, data, parallel, pipeline, train
+from tutorials.demo.auto import candidates
 from tutorials.demo.model import Shape
 from tutorials.demo.options import parse
 from tutorials.demo.splits import default_ep, microbatches, misfits
@@ -78,6 +79,18 @@ def ways(ranks: int) -> list[str]:
 def test_the_ways_to_split_four_ranks_are_all_there() -> None:
     # One stage: 3 tp sizes, each with 6 ways to split 4 ranks over edp, ep and etp; two: 2 with 3; four: 1. And with --slice where tp > 1.
     assert len(ways(4)) == 18 + 6 + 1 + 12 + 3
+
+
+def test_the_splits_that_auto_predicts_are_all_there() -> None:
+    options = options_of("--ranks 4 --split auto")
+    found = [f"--ranks 4 --pp {split.pp} --tp {split.tp} --ep {split.ep} --etp {split.etp}" for split, _ in candidates(options, SMALL)]
+    assert sorted(found) == sorted(way for way in ways(4) if "--slice" not in way)
+
+
+def test_auto_is_refused_with_a_split_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options_of("--ranks 4 --split auto --pp 2")
+    assert "--split was auto; it must be without --pp" in capsys.readouterr().err
 
 
 EVERY_RUN = "--ranks 4 --pp 2 --tp 2 --ep 1 --etp 2 --slice"

@@ -34,6 +34,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--etp", type=int, default=1, help="ranks that split each expert's hidden dim; default %(default)s")
     parser.add_argument(
+        "--split", choices=("auto",),
+        help="auto: measure this machine for some seconds, and take the --pp, --tp, --ep and --etp that are predicted to be fastest",
+    )  # fmt: skip
+    parser.add_argument(
         "--slice", action="store_true",
         help="all --tp ranks have the whole sequences, and slice them only for the experts",
     )  # fmt: skip
@@ -64,6 +68,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("ranks", "pp", "tp", "ep", "etp", "experts", "top_k", "steps", "batch", "save_every"):
         if (size := getattr(options, name)) is not None and size < 1:
             parser.error(f"--{name.replace('_', '-')} was {size}; it must be at least 1")
+    if options.split and (options.slice or [options.pp, options.tp, options.ep, options.etp] != [1, 1, None, 1]):
+        parser.error("--split was auto; it must be without --pp, --tp, --ep, --etp and --slice, which it chooses")
     ep_by_default = options.ep is None
     if ep_by_default:
         options.ep = default_ep(options)
@@ -72,6 +78,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if under_torchrun() and options.ranks != int(os.environ["WORLD_SIZE"]):
         parser.error(f"--ranks was {options.ranks}; under torchrun, leave it out or pass the started number: {os.environ['WORLD_SIZE']}")
     shape = shape_of(options)
+    if options.split:
+        options.ep = 1  # until it is chosen; one rank with all experts fits if anything does
     if misfit := next(misfits(options, shape), None):
         instead = " or ".join(f"`{change}`" for change in nearest(options, shape, ep_by_default))
         parser.error(f"{misfit}: the nearest that fit are {instead}")

@@ -6,7 +6,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterator
 
-from moecomm.mesh import divisors
+from moecomm.planner.splits import Split, splits
 from tutorials.demo.model import Shape
 
 SHOWN = 3  # how many of the nearest that fit are shown
@@ -76,16 +76,19 @@ def nearest(options: Namespace, shape: Shape, ep_by_default: bool) -> list[str]:
 def fits(options: Namespace, shape: Shape) -> Iterator[Namespace]:
     """Yield every split that fits, of up to twice as many ranks. The experts and the batch are the nearest to those asked for."""
     for ranks in range(1, 2 * options.ranks + 1):
-        for pp in divisors(ranks):
-            for tp in divisors(ranks // pp):
-                for ep in divisors(ranks // pp):
-                    for etp in divisors(ranks // pp // ep):
-                        experts = multiple(options.experts, ep)
-                        batch = multiple(options.batch, ranks // (pp * tp) * microbatches(pp))
-                        split = dict(zip(CHANGED, (ranks, pp, tp, ep, etp, experts, min(options.top_k, experts), batch), strict=True))
-                        fitting = Namespace(**vars(options) | split)
-                        if not any(misfits(fitting, shape)):
-                            yield fitting
+        for split, fitting in of_ranks(options, ranks):
+            fitting.experts = multiple(options.experts, split.ep)
+            fitting.batch = multiple(options.batch, split.dp * microbatches(split.pp))
+            fitting.top_k = min(options.top_k, fitting.experts)
+            if not any(misfits(fitting, shape)):
+                yield fitting
+
+
+def of_ranks(options: Namespace, ranks: int) -> Iterator[tuple[Split, Namespace]]:
+    """Yield every split of ``ranks`` that the demo has options for, and the options with it."""
+    for split in splits(ranks):
+        if split.cp == 1:
+            yield split, Namespace(**vars(options) | {"ranks": ranks, "pp": split.pp, "tp": split.tp, "ep": split.ep, "etp": split.etp})
 
 
 def multiple(number: int, of: int) -> int:

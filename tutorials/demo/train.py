@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import moecomm.functional as mf
 from moecomm.mesh import MoEMesh
-from tutorials.demo import checkpoint, data, launch, parallel, pipeline
+from tutorials.demo import auto, checkpoint, data, launch, parallel, pipeline
 from tutorials.demo.model import Shape, Transformer
 from tutorials.demo.options import parse, shape_of, under_torchrun
 from tutorials.demo.splits import microbatches
@@ -51,6 +51,9 @@ def main(options: Namespace) -> None:
 def run(options: Namespace, asked: Callable[[], bool], rank: int) -> None:
     say = print if rank == 0 else lambda *_: None
     text, shape = data.read(options.data), shape_of(options)
+    if options.split == "auto":
+        options, *found = auto.choose(options, shape)
+        say(auto.said(options, *found))
     mesh, dtype = parallel.meshes(options), parallel.compute_dtype(options)
     pp, dp, _, tp = mesh.dense.shape
     held_out = data.windows(text.held_out, -(-HELD_OUT_WINDOWS // dp) * dp, shape.context)  # [windows, context + 1]
