@@ -1,0 +1,1 @@
+"""What numbers say before and during a training: which rank holds which expert."""
