@@ -67,7 +67,7 @@ def place(
     *,
     horizon: float = HORIZON,
     move_cost: float | None = None,
-    steps: int = 12,
+    steps: int | None = None,
 ) -> Rows:
     """The experts of each rank, as `plan(placement=)` takes them: replicas for the experts with most load, and even loads on the ranks.
 
@@ -90,6 +90,7 @@ def place(
             m * move_cost. By default it is a twentieth of the mean load of a rank. A gain below what chance
             does to a count of rows never pays.
         steps: how often the search changes the placement. More steps find better ones, in more time.
+            By default it is 200 / P, at least 3.
 
     Returns:
         [P, L] as lists of ints. Loads of 0 count as even ones.
@@ -98,7 +99,7 @@ def place(
         TypeError, ValueError: an argument is of a wrong type, shape or value.
 
     >>> place([6, 2, 2, 2], ranks=2, slots=3)
-    [[0, 1, 3], [0, 2, 3]]
+    [[0, 2, 1], [0, 3, 1]]
     >>> place([6, 2, 2, 2], ranks=2, slots=2, current=[[0, 1], [2, 3]])  # no swap makes the fullest rank emptier
     [[0, 1], [2, 3]]
 
@@ -114,6 +115,7 @@ def place(
     load, sources = _read(loads)
     _check_sizes(ranks, slots, len(load), links, sources)
     cost = COST * load.sum() / ranks if move_cost is None else move_cost
+    steps = max(3, 200 // ranks) if steps is None else steps
     if not (horizon > 0 and cost >= 0 and steps >= 0):
         wrong_value("horizon, move_cost and steps", f"{horizon}, {move_cost} and {steps}", "positive, 0 or more, and 0 or more")
     if current is None:
