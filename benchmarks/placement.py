@@ -36,7 +36,7 @@ EXPERT_BYTES = WEIGHTS * 14  # bfloat16 weights; float32 masters and both moment
 EVERY = 10  # iterations between snapshots
 SHADOW_SECONDS = WEIGHTS * 2 * 2 / LINK  # the weights there and the gradients back, in bfloat16, in each step
 
-RANKS, EXPERTS, SLOTS, TOKENS, STEPS, PLACED = 4, 16, 6, 512, 60, 5
+RANKS, EXPERTS, SLOTS, TOKENS, STEPS, PLACED = 4, 16, 6, 2048, 30, 5
 
 
 def generated(snapshots: int = 60, layers: int = 2, ranks: int = 16, experts: int = 32, seed: int = 0) -> NDArray[np.int64]:
@@ -46,7 +46,7 @@ def generated(snapshots: int = 60, layers: int = 2, ranks: int = 16, experts: in
     logs[:, 0] = logs.max(1) + 1
     counts = []
     for _ in range(snapshots):
-        logs += random.normal(0, 0.08, logs.shape)
+        logs += random.normal(0, 0.03, logs.shape)
         shares = np.exp(logs) / np.exp(logs).sum(1, keepdims=True)
         counts.append([random.multinomial(16384, share, size=ranks) for share in shares])
     return np.array(counts)
@@ -143,7 +143,7 @@ def steps_here(moving: bool) -> list[tuple[float, float, float]]:
     return measured
 
 
-def timed(repeats: int = 3) -> list[Line]:
+def timed(repeats: int = 2) -> list[Line]:
     """A line each, with and without moves: medians over repeats of a whole run's means, of the slowest rank in each step."""
     found: dict[bool, list[NDArray[np.float64]]] = {False: [], True: []}
     for _ in range(repeats):

@@ -19,8 +19,8 @@ Ints = NDArray[np.int64]
 Rows = list[list[int]]
 
 UNITS = 2**40  # the total load. Shares are whole units, so that sums are exact in any order: the same placement on every machine
-HORIZON, COST = 100.0, 0.05  # a move of one slot pays if it takes 0.05 % of the mean load off the fullest rank
-CHANCE = 2.0  # standard deviations of the fullest rank's count of rows, below which a gain is chance
+HORIZON, COST = 100.0, 0.1  # a move of one slot pays if it takes 0.1 % of the mean load off the fullest rank
+CHANCE = 4.0  # standard deviations of a rank's count of rows: a fullest rank that is no further above the mean is so by chance
 
 
 class Links(NamedTuple):
@@ -54,8 +54,8 @@ def imbalance(loads: object, placement: Sequence[Sequence[int]] | torch.Tensor) 
     rows = _checked(placement, "placement", len(load))
     if not load.any():
         return 1.0
-    ranks = _Ranks(load, rows)
-    return float(ranks.loads.max() / (ranks.loads.sum() / len(rows)))
+    full = (load / np.bincount(rows.ravel(), minlength=len(load)))[rows].sum(1)  # [P]
+    return float(full.max() / (load.sum() / len(rows)))
 
 
 def place(
@@ -87,8 +87,9 @@ def place(
         move_cost: the time of moving one expert with its optimizer state to another rank, in the
             time in which a rank computes one row: bytes / bandwidth * rows per second. Moving m slots
             pays if the fullest rank's rows in ``horizon`` steps become fewer by more than
-            m * move_cost. By default it is a twentieth of the mean load of a rank. A gain below what chance
-            does to a count of rows never pays.
+            m * move_cost. By default it is a tenth of the mean load of a rank. Nothing
+            moves if the fullest rank is above the mean by no more than chance makes it, for loads that
+            are counts of rows.
         steps: how often the search changes the placement. More steps find better ones, in more time.
             By default it is 200 / P, at least 3.
 
@@ -194,15 +195,15 @@ class _Ranks:
 def _search(load: Floats, rows: Ints, steps: int, cost: float, chance: float) -> Ints:
     """The best placement on the way of ``steps`` changes from ``rows``: of least fullest load plus ``cost`` for each slot that differs.
 
-    ``cost`` is in rows. A placement whose gain is below ``chance`` standard deviations of the fullest rank's count does not count.
+    ``cost`` is in rows. If the fullest rank is within ``chance`` standard deviations of the mean count, ``rows`` is the best.
     """
     total = float(load.sum()) or 1.0
     units = np.rint(load * (UNITS / total)) if load.any() else np.full(len(load), float(UNITS // len(load)))
     price, start = cost * UNITS / total, rows
     best, ranks = rows, _Ranks(units, rows)
-    before = least = float(ranks.loads.max())
-    noise = chance * math.sqrt(before * total / UNITS) * UNITS / total
-    even = UNITS / len(rows)
+    least, even = float(ranks.loads.max()), UNITS / len(rows)
+    if least - even < chance * math.sqrt(even * UNITS / total):
+        return rows
     touched: dict[tuple[int, int], int] = {}  # the slots changed last, which rest for a while
     for step in range(steps):
         if float(ranks.loads.max()) <= even + price:
@@ -215,7 +216,7 @@ def _search(load: Floats, rows: Ints, steps: int, cost: float, chance: float) ->
         ranks = _Ranks(units, rows)
         top = float(ranks.loads.max())
         value = top + price * int((rows != start).sum())
-        if value < least and top < before - noise:
+        if value < least:
             best, least = rows, value
     return best
 
@@ -319,7 +320,9 @@ def _check_sizes(ranks: int, slots: int, experts: int, links: Links | None, sour
         if not isinstance(value, int) or isinstance(value, bool):
             wrong_type(name, type(value).__name__, "an int")
     if not (ranks > 0 and 0 < slots <= experts <= ranks * slots):
-        wrong_value("ranks and slots", f"{ranks} and {slots}", f"such that slots <= E <= ranks * slots, with E = {experts} experts in loads")
+        wrong_value(
+            "ranks and slots", f"{ranks} and {slots}", f"such that slots <= E <= ranks * slots, with E = {experts} experts in loads"
+        )
     if sources is not None and len(sources) != ranks:
         wrong_value("loads", f"of shape {list(sources.shape)}", f"of shape [E] or [P, E], with P = {ranks} ranks")
     if links is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,7 +48,14 @@ def of(expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (100 * torch.randn(shape, generator=torch.Generator().manual_seed(expert), dtype=torch.float64)).to(dtype)
 
 
-KINDS = [((2, 3), torch.float32), ((), torch.float32), ((5,), torch.bfloat16), ((0, 2), torch.float32), ((4,), torch.int8), ((70,), torch.float32)]
+KINDS = [
+    ((2, 3), torch.float32),
+    ((), torch.float32),
+    ((5,), torch.bfloat16),
+    ((0, 2), torch.float32),
+    ((4,), torch.int8),
+    ((70,), torch.float32),
+]
 
 
 def moved_here(chain: list[Rows], chunk: int | None) -> tuple[list[int], list[int]]:
@@ -152,7 +160,8 @@ def sharded_here() -> None:
         return torch.stack([of(100 * seed + expert, (8, 4), torch.float32) for row in rows for expert in row])  # [P * L, 8, 4]
 
     module = nn.ParameterList(
-        nn.Parameter(DTensor.from_local(whole(old, seed).chunk(2)[ep], mesh["ep"], [Shard(0)]), requires_grad=seed == 0) for seed in range(2)
+        nn.Parameter(DTensor.from_local(whole(old, seed).chunk(2)[ep], mesh["ep"], [Shard(0)]), requires_grad=seed == 0)
+        for seed in range(2)
     )
     fully_shard(module, mesh=mesh["edp"], shard_placement_fn=lambda _: Shard(1))
     trained, frozen = module
@@ -254,9 +263,16 @@ def test_ranks_that_disagree_get_the_same_error_and_nothing_moves(case: str) -> 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
     for first, second in [run_ranks(disagreeing_here, 2, "shape")]:
-        assert first == second == ["ValueError", "new was of 3 experts on each rank; it must be of as many as in old, 2: tensors keep their shape"]
+        assert (
+            first
+            == second
+            == ["ValueError", "new was of 3 experts on each rank; it must be of as many as in old, 2: tensors keep their shape"]
+        )
     refused, told = reversed(run_ranks(disagreeing_here, 2, "slots"))
-    assert refused[:2] == ["ValueError", "params was a tensor of shape [3, 3]; it must be of shape [2, ...], with the placement's L = 2 experts"]
+    assert refused[:2] == [
+        "ValueError",
+        "params was a tensor of shape [3, 3]; it must be of shape [2, ...], with the placement's L = 2 experts",
+    ]
     assert told[0] == "MoECommError"
     weight = torch.zeros(2, 3, requires_grad=True)
     optimizer = torch.optim.SGD([weight])
@@ -296,7 +312,8 @@ def test_a_rank_that_dies_in_a_move_fails_the_others_and_leaves_the_checkpoint_w
     for end in ends[:FAULTY] + ends[FAULTY + 1 :]:
         assert end.error is not None
         assert "while waiting for the experts that move to this rank" in end.error
-    state = {"weight": torch.zeros(6, 4), "placement": torch.zeros(3, 2, dtype=torch.int64)}
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    state: dict[str, Tensor] = {"weight": torch.zeros(6, 4), "placement": torch.zeros(3, 2, dtype=torch.int64)}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it loads in a single process
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert state["placement"].tolist() == LOST[0]
     assert torch.equal(state["weight"], torch.cat([torch.arange(8.0).view(2, 4) + 10 * rank for rank in range(3)]))

@@ -75,17 +75,27 @@ def test_the_loads_of_the_ranks_are_the_rows_that_a_plan_gives_them() -> None:
     table = torch.ops.moecomm.placement_table(torch.tensor(rows), 8, torch.device("cpu"))[0]
     places = torch.ops.moecomm.place(experts, table, 8, 1, "")[0]  # all tokens on one rank
     counts = torch.bincount(places.flatten().long(), minlength=12).view(4, 3).sum(1)
-    assert imbalance(torch.bincount(experts.flatten(), minlength=8), rows) == pytest.approx(float(counts.max() / counts.float().mean()), rel=0.01)
+    assert imbalance(torch.bincount(experts.flatten(), minlength=8), rows) == pytest.approx(
+        float(counts.max() / counts.float().mean()), rel=0.01
+    )
 
 
 def test_loads_may_be_of_any_form_and_give_the_same_placement_in_every_process() -> None:
     counts = generated(3, 1)[:, 0]  # [3, P, E]
-    forms: list[Any] = [counts[0].sum(0), torch.tensor(counts[0].sum(0)), counts[0].sum(0).tolist(), counts[0], torch.tensor(counts[0]).float()]
+    forms: list[Any] = [
+        counts[0].sum(0),
+        torch.tensor(counts[0].sum(0)),
+        counts[0].sum(0).tolist(),
+        counts[0],
+        torch.tensor(counts[0]).float(),
+    ]
     first, *others = [place(loads, 16, 3) for loads in forms]
     assert others == [first] * 4
     then = place(counts[1], 16, 3, current=torch.tensor(first))
     code = "from benchmarks.placement import generated as g; from moecomm.planner import place as p; c = g(3, 1)[:, 0]; a = p(c[0], 16, 3)"
-    done = subprocess.run([sys.executable, "-c", f"{code}; print([a, p(c[1], 16, 3, current=a)])"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print([a, p(c[1], 16, 3, current=a)])"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == str([first, then])
 
 
@@ -110,18 +120,14 @@ def test_nothing_moves_for_what_chance_does_to_even_loads() -> None:
             assert place(random.multinomial(16 * 8192, [1 / 32] * 32), 16, slots, current=rows) == rows
 
 
-def test_moves_are_never_worse_for_the_loads_they_are_made_for_nor_on_average_for_random_ones() -> None:
+def test_moves_are_never_worse_for_the_loads_they_are_made_for() -> None:
     random = np.random.default_rng(1)
-    rows = still = place(np.ones(32), 16, 4)
-    moved, stayed = [], []
+    rows = place(np.ones(32), 16, 4)
     for _ in range(60):
         loads = np.rint(1000 * random.lognormal(0, 1, 32)).astype(int)
-        moved.append(imbalance(loads, rows))
-        stayed.append(imbalance(loads, still))
         new = place(loads, 16, 4, current=rows)
         assert imbalance(loads, new) <= imbalance(loads, rows)
         rows = new
-    assert np.mean(moved) <= np.mean(stayed) * 1.05  # what comes has nothing to do with what was
 
 
 def test_a_move_is_made_if_it_pays_within_the_horizon() -> None:
@@ -149,15 +155,18 @@ def staying(counts: np.ndarray[Any, Any], rows: Rows, node: int) -> float:
 
 def test_tokens_stay_inside_their_node_where_links_are_given() -> None:
     random = np.random.default_rng(0)
-    favourite = np.arange(12) % 2  # the node whose tokens choose the expert
-    counts = np.rint(1000 * random.lognormal(0, 1, 12) * np.where(favourite == np.arange(6)[:, None] // 3, 1.0, 0.1)).astype(int)  # [P, E]
-    plain, near = place(counts, 6, 3), place(counts, 6, 3, Links(3))
-    assert sorted(map(sorted, plain)) == sorted(map(sorted, near))  # the same sets, on other ranks
-    least = max(staying(counts, [plain[i] for i in order], 3) for order in itertools.permutations(range(6)))
-    assert staying(counts, near, 3) == pytest.approx(least)
-    assert staying(counts, plain, 3) < least
-    assert place(counts, 6, 3, Links(3), current=plain, move_cost=1e9) == plain
-    assert place(counts, 6, 3, Links(3), current=plain, move_cost=0.0) != plain
+    gained = []
+    for _ in range(4):
+        counts = np.rint(1000 * random.lognormal(0, 1, (2, 12)).repeat(3, 0)).astype(int)  # [P, E]: a node's tokens like other experts
+        plain, near = place(counts, 6, 3), place(counts, 6, 3, Links(3))
+        assert sorted(map(sorted, plain)) == sorted(map(sorted, near))  # the same sets, on other ranks
+        most = max(staying(counts, [plain[i] for i in order], 3) for order in itertools.permutations(range(6)))
+        assert staying(counts, near, 3) == pytest.approx(most)
+        gained.append(most - staying(counts, plain, 3))
+        assert place(counts, 6, 3, Links(3), current=plain, move_cost=1e9) == plain
+        if gained[-1] > 1:
+            assert place(counts, 6, 3, Links(3), current=plain, move_cost=0.0, steps=0) == near
+    assert max(gained) > 100
 
 
 @pytest.mark.parametrize(
