@@ -21,8 +21,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "experts": ("A layer with experts", tables.experts),
     "sweep": ("How the cost grows with each variable", sweep_tables.sweep),
     "links": ("The exchange model: predicted and measured", tables.links),
+    "placement": ("Experts that move as loads change", tables.placement),
 }
-DRAWN: dict[str, Callable[[Line, Path], None]] = {"layer": pictures.layer, "sweep": pictures.sweep, "links": pictures.links}
+DRAWN: dict[str, Callable[[Line, Path], None]] = {"layer": pictures.layer, "sweep": pictures.sweep, "links": pictures.links, "placement": pictures.placement}
 DEVICES = {"cpu": "On CPUs", "cuda": "On a GPU: all tables"}
 
 

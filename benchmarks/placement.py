@@ -98,8 +98,8 @@ def summary(
 ) -> Line:  # fmt: skip
     """``whole``: the bytes that a rank receives in an iteration if all its slots move in each snapshot."""
     return {
-        "what": "replay", "case": name, "source": source, "slots": slots, "median": float(np.median(ratios)), "mean": float(np.mean(ratios)),
-        "90 %": float(np.quantile(ratios, 0.9)), "moved": float(np.mean(shares)), "bytes": float(np.mean(shares)) * whole,
+        "what": "replay", "case": name, "source": source, "slots": slots, "median": float(np.median(ratios)),
+        "mean": float(np.mean(ratios)), "90 %": float(np.quantile(ratios, 0.9)), "moved": float(np.mean(shares)), "bytes": float(np.mean(shares)) * whole,
         "milliseconds": 1e3 * float(np.mean(seconds)),
     }  # fmt: skip
 
@@ -112,7 +112,7 @@ def drawn(step: int, rank: int) -> Tensor:
 
 
 def steps_here(moving: bool) -> list[tuple[float, float, float]]:
-    """Of each step: seconds, this rank's CPU seconds, and the imbalance; those of placing and moving are in the step after which they are."""
+    """Of each step: seconds, this rank's CPU seconds, and the imbalance. Placing and moving belong to the step before."""
     rank, ranks, dim, hidden = dist.get_rank(), dist.get_world_size(), 128, 256
     rows = [[(p * EXPERTS // ranks + slot) % EXPERTS for slot in range(SLOTS)] for p in range(ranks)]
     torch.manual_seed(0)

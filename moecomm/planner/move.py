@@ -85,9 +85,7 @@ def move_experts_(
         experts = max(map(max, before)) + 1
         check_rows(after, experts)
         if len(before[0]) != len(after[0]):
-            wrong_value(
-                "new", f"of {len(after[0])} experts on each rank", f"of as many as in old, {len(before[0])}: tensors keep their shape"
-            )
+            wrong_value("new", f"of {len(after[0])} experts on each rank", f"of as many as in old, {len(before[0])}, since shapes stay")
         if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes <= 0):
             wrong_value("chunk_bytes", repr(chunk_bytes), "a positive int")
         local = [local_part(tensor).detach() for tensor in _with_state(tensors, optimizer, len(before[0]))]

@@ -320,9 +320,7 @@ def _check_sizes(ranks: int, slots: int, experts: int, links: Links | None, sour
         if not isinstance(value, int) or isinstance(value, bool):
             wrong_type(name, type(value).__name__, "an int")
     if not (ranks > 0 and 0 < slots <= experts <= ranks * slots):
-        wrong_value(
-            "ranks and slots", f"{ranks} and {slots}", f"such that slots <= E <= ranks * slots, with E = {experts} experts in loads"
-        )
+        wrong_value("ranks and slots", f"{ranks} and {slots}", f"such that slots <= E <= ranks * slots, with E = {experts}")
     if sources is not None and len(sources) != ranks:
         wrong_value("loads", f"of shape {list(sources.shape)}", f"of shape [E] or [P, E], with P = {ranks} ranks")
     if links is None:
