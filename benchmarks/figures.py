@@ -23,7 +23,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "links": ("The exchange model: predicted and measured", tables.links),
     "placement": ("Experts that move as loads change", tables.placement),
 }
-DRAWN: dict[str, Callable[[Line, Path], None]] = {"layer": pictures.layer, "sweep": pictures.sweep, "links": pictures.links, "placement": pictures.placement}
+DRAWN: dict[str, Callable[[Line, Path], None]] = {
+    "layer": pictures.layer,
+    "sweep": pictures.sweep,
+    "links": pictures.links,
+    "placement": pictures.placement,
+}
 DEVICES = {"cpu": "On CPUs", "cuda": "On a GPU: all tables"}
 
 

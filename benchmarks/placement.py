@@ -99,8 +99,8 @@ def summary(
     """``whole``: the bytes that a rank receives in an iteration if all its slots move in each snapshot."""
     return {
         "what": "replay", "case": name, "source": source, "slots": slots, "median": float(np.median(ratios)),
-        "mean": float(np.mean(ratios)), "90 %": float(np.quantile(ratios, 0.9)), "moved": float(np.mean(shares)), "bytes": float(np.mean(shares)) * whole,
-        "milliseconds": 1e3 * float(np.mean(seconds)),
+        "mean": float(np.mean(ratios)), "90 %": float(np.quantile(ratios, 0.9)), "moved": float(np.mean(shares)),
+        "bytes": float(np.mean(shares)) * whole, "milliseconds": 1e3 * float(np.mean(seconds)),
     }  # fmt: skip
 
 

@@ -150,7 +150,9 @@ def placement(results: Line) -> str:
         "way", "slots a rank", "max / mean load, median", "mean", "90 %", "slots moved", "MiB a rank and iteration",
         "predicted ms a step", "CPU ms to choose", "what it is",
     ]  # fmt: skip
-    replay = f"Trace: {about['trace']}, {about['shape']}. Ranks that are equally full would take {about['even milliseconds']:.2f} ms a step."
+    replay = (
+        f"Trace: {about['trace']}, {about['shape']}. Ranks that are equally full would take {about['even milliseconds']:.2f} ms a step."
+    )
     timed = [
         [line["case"], f"{line['mean']:.2f}", f"{line['milliseconds']:.0f}", f"{line['CPU milliseconds']:.0f}"]
         for line in found(lines, what="4 ranks")
