@@ -121,14 +121,14 @@ def place(
         wrong_value("horizon, move_cost and steps", f"{horizon}, {move_cost} and {steps}", "positive, 0 or more, and 0 or more")
     if current is None:
         rows = _search(load, deal(load, replicas(load, ranks, slots), ranks, slots), steps, 0.0, 0.0)
-        return (rows if links is None or sources is None else _near(sources, rows, links, 0.0)).tolist()  # type: ignore[no-any-return]
+        return (rows if links is None or sources is None else _near(sources, rows, links, 0.0)).tolist()
     before = _checked(current, "current", len(load))
     if before.shape != (ranks, slots):
         wrong_value("current", f"of shape {list(before.shape)}", f"of shape [ranks, slots] = [{ranks}, {slots}]")
     rows = _search(load, before, steps, cost / horizon, CHANCE)
     if links is not None and sources is not None:
         rows = _near(sources, rows, links, 2 * slots * cost / horizon)
-    return rows.tolist()  # type: ignore[no-any-return]
+    return rows.tolist()
 
 
 def replicas(load: Floats, ranks: int, slots: int) -> Ints:
@@ -304,9 +304,10 @@ def _read(loads: object) -> tuple[Floats, Floats | None]:
 
 
 def _checked(placement: Sequence[Sequence[int]] | torch.Tensor, argument: str, experts: int) -> Ints:
-    rows = placement.tolist() if isinstance(placement, torch.Tensor) else placement
+    if isinstance(placement, torch.Tensor) and placement.device.type != "cpu":
+        wrong_value(argument, f"on {placement.device}", "on the CPU")
     try:
-        found = np.asarray(rows)
+        found = np.asarray(placement)
     except ValueError:
         found = np.empty(0)
     if found.ndim != 2 or found.size == 0 or found.dtype.kind not in "iu":

@@ -104,7 +104,7 @@ def test_a_router_that_drifts_stays_balanced_while_few_slots_change() -> None:
     for slots, bound in ((3, 1.2), (4, 1.1)):
         rows, ratios, changed = place(counts[0], 16, slots), [], []
         for now, after in itertools.pairwise(counts):
-            new = place(now, 16, slots, current=rows)
+            new = place(now, 16, slots, current=rows, move_cost=0.3 * now.sum() / 16)
             changed.append(np.mean(np.array(new) != np.array(rows)))
             rows = new
             ratios.append(imbalance(after, rows))
@@ -185,6 +185,8 @@ def test_tokens_stay_inside_their_node_where_links_are_given() -> None:
         (([1, 1], 2, 1, None, [[0, 1], [1, 0]]), ValueError, r"current was of shape \[2, 2\]"),
         (([1, 1], 2, 1, None, [[0], [2]]), ValueError, "ids in"),
         (([1, 1], 2, 1, None, [[0.5], [1.5]]), ValueError, "current was .*ints"),
+        (([1, 1], 2, 1, None, torch.zeros(2, 1, dtype=torch.int64, device="meta")), ValueError, "current was on meta"),
+        ((torch.zeros(2, device="meta"), 2, 1), ValueError, "loads was on meta"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(arguments: Any, error: type[Exception], message: str) -> None:
