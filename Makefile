@@ -62,7 +62,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## ratios to floors and to other ways of the same layer, into benchmarks/results and docs/benchmarks.md: under 10 minutes on 2 cores
-	for each in floors layer cpu_time experts sweep links placement figures; do $(BIN)/python -m benchmarks.$$each || exit 1; done
+	for each in floors layer cpu_time experts sweep links figures; do $(BIN)/python -m benchmarks.$$each || exit 1; done
 
 gpu: $(READY)  ## the same on a GPU, on one process
 	for each in floors layer experts sweep; do $(BIN)/python -m benchmarks.$$each --device cuda || exit 1; done
