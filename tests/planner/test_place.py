@@ -80,6 +80,7 @@ def test_the_loads_of_the_ranks_are_the_rows_that_a_plan_gives_them() -> None:
     )
 
 
+@pytest.mark.slow
 def test_loads_may_be_of_any_form_and_give_the_same_placement_in_every_process() -> None:
     counts = generated(3, 1)[:, 0]  # [3, P, E]
     forms: list[Any] = [
