@@ -23,12 +23,14 @@ SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "sweep": ("How the cost grows with each variable", sweep_tables.sweep),
     "links": ("The exchange model: predicted and measured", tables.links),
     "planner": ("The planner: predicted and measured splits", planner_tables.planner),
+    "placement": ("Experts that move as loads change", tables.placement),
 }
 DRAWN: dict[str, Callable[[Line, Path], None]] = {
     "layer": pictures.layer,
     "sweep": pictures.sweep,
     "links": pictures.links,
     "planner": pictures.planner,
+    "placement": pictures.placement,
 }
 DEVICES = {"cpu": "On CPUs", "cuda": "On a GPU: all tables"}
 

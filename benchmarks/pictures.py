@@ -143,3 +143,23 @@ def planner(results: Line, picture: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=f"measured, {unit}", ylabel=f"predicted, {unit}")
     axes[0].legend(fontsize=7, title="gray: within 10 %", title_fontsize=7)
     titled(figure, results, picture)
+
+
+def placement(results: Line, picture: Path) -> None:
+    """How full the fullest rank is over the trace, and what each way costs."""
+    lines = found(results["lines"], what="replay")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
+    for line in lines:
+        left.plot(line["over time"], linewidth=1, label=line["case"])
+    left.set(yscale="log", xlabel="snapshot, 10 iterations each", ylabel="max / mean load, median of the layers")
+    left.set_yticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
+    left.minorticks_off()
+    left.legend(fontsize=7)
+    names = [line["case"] for line in lines]
+    right.barh(names, [line["milliseconds"] for line in lines], color="lightgray")
+    for i, line in enumerate(lines):
+        right.text(0.1, i, f"{line['milliseconds']:.2f} ms, {line['bytes'] / 2**20:.1f} MiB a rank and iteration", va="center", fontsize=8)
+    right.axvline(results["about"]["even milliseconds"], color="gray", linestyle="--")
+    right.invert_yaxis()
+    right.set(xlabel="predicted ms a step; dashed: ranks that are equally full")
+    titled(figure, results, picture)

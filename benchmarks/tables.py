@@ -143,3 +143,28 @@ def links(results: Line) -> str:
         )
     )
     return "\n\n".join(parts)
+
+
+def placement(results: Line) -> str:
+    about, lines = results["about"], results["lines"]
+    rows = []
+    for line in found(lines, what="replay"):
+        chosen = f"{line['milliseconds to choose']:.2f}" if "milliseconds to choose" in line else ""
+        ratios = [f"{line[name]:.2f}" for name in ("median", "mean", "90 %")]
+        sent = f"{line['bytes'] / 2**20:.1f}"
+        step = f"{line['milliseconds']:.2f}"
+        rows.append([line["case"], str(line["slots"]), *ratios, f"{line['moved']:.1%}", sent, step, chosen, line["source"]])
+    header = [
+        "way", "slots a rank", "max / mean load, median", "mean", "90 %", "slots moved", "MiB a rank and iteration",
+        "predicted ms a step", "CPU ms to choose", "what it is",
+    ]  # fmt: skip
+    replay = (
+        f"Trace: {about['trace']}, {about['shape']}. Ranks that are equally full would take {about['even milliseconds']:.2f} ms a step."
+    )
+    timed = [
+        [line["case"], f"{line['mean']:.2f}", f"{line['milliseconds']:.0f}", f"{line['CPU milliseconds']:.0f}"]
+        for line in found(lines, what="4 ranks")
+    ]
+    real = "A layer on 4 gloo ranks, Zipf loads that drift; a step takes as long as its slowest rank:"
+    timed_header = ["experts", "max / mean load", "ms a step", "CPU ms of the busiest rank"]
+    return "\n\n".join([ran(about), replay, table(header, rows), real, table(timed_header, timed)])

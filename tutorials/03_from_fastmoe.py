@@ -32,6 +32,8 @@ allreduce_params()                              sync_grads_(params, group), afte
   no_scale, reduce_after, fp32_allreduce        reduce="sum", scale="after", always
 dp_group, gate_group, expert_dp_comm            the group of each call of sync_grads_
 expert_dp_comm="none"                           no call: all experts of the moe_group differ
+SmartMoE: experts move as loads change          moecomm.planner: place, move_experts_; with replicas and the optimizer's state
+FasterMoE: shadowed experts                     replicas in the placement of plan, kept over steps; sync_replica_grads_
 """
 
 # %% The layer

@@ -83,12 +83,20 @@ def check_same_kind(function: str, tensors: Sequence[Tensor], group: Group) -> N
         raise MoECommError(f"params' tensor {at} was {passed} of the group; it must be of the same dtype and shape on every rank")
 
 
-def check_same_placement(function: str, rows: list[list[int]], device: torch.device, group: Group) -> None:
+def check_same_placement(function: str, rows: list[list[int]], device: torch.device, group: Group, argument: str = "placement") -> None:
     """Raise the same error on every rank if the ranks' placements differ."""
     every = checksums(function, rows, device, group)
     if len(set(every)) > 1:
         passed = ", ".join(f"of checksum {value:08x} on rank {rank}" for rank, value in enumerate(every))
-        raise MoECommError(f"placement was {passed} of the group; it must be the same on every rank")
+        raise MoECommError(f"{argument} was {passed} of the group; it must be the same on every rank")
+
+
+def least(function: str, number: int, device: torch.device, group: Group) -> int:
+    """The least of the ranks' numbers, on every rank. Costs one small exchange and one host synchronization."""
+    sent = torch.tensor([[0] * SIGNATURE + [FUNCTIONS.index(function), number] + [0] * (WIDTH - SIGNATURE - 2)], device=device)
+    messages = read_list(exchange_messages(sent.repeat(group.size, 1), group, f"what the ranks told {function}")[:, :WIDTH])
+    check_agreed(messages, SIGNED[:1])
+    return min(message[SIGNATURE + 1] for message in messages)
 
 
 def ticket(device: torch.device, group: Group) -> int:

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from moecomm.errors import ExpertIdError, MoECommError
 
 PAIRS, SLOTS, LOWEST, HIGHEST, TOKENS, NOT_FINITE, SIGNATURE = range(7)  # the columns of a message; the signature has the remaining ones
-FUNCTIONS = ("plan", "plan with max_rows", "sync_params_", "sync_replicas_", "dispatch", "combine", "dispatch_quantized")
+FUNCTIONS = ("plan", "plan with max_rows", "sync_params_", "sync_replicas_", "dispatch", "combine", "dispatch_quantized", "move_experts_")
 SIGNED = (  # the meaning of a signature's numbers
     "function", "k", "num_experts", "weights.dtype", "like's elements a token", "like.dtype", "like's other tensors", "placement",
     "max_rows", "requires_grad", "check",

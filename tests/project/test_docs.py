@@ -14,6 +14,7 @@ LAYER = "tutorials/01_your_own_moe_layer.py"
 PARALLELISM = "tutorials/02_parallelism.py"
 FROM_FASTMOE = "tutorials/03_from_fastmoe.py"
 TWO_LEVELS = "tutorials/05_two_levels.py"
+PLANNER = "tutorials/06_planner.py"
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
 INSTALLED = {"moecomm/ops/": "ops/", "moecomm/compile/": "compile/"}  # where the files of an installed package are in this repository
 
@@ -62,6 +63,15 @@ def test_tokens_cross_between_nodes_once_in_the_tutorial_on_two_levels(tmp_path:
     printed = on_four_ranks(TWO_LEVELS, tmp_path, 3)
     one, two = map(int, re.findall(r"nodes: (\d+) with one plan, (\d+) with two", printed)[0])
     assert 0 < two <= 48 < one  # of 48 tokens
+
+
+@pytest.mark.slow
+def test_experts_that_move_keep_the_ranks_of_the_tutorial_balanced(tmp_path: Path) -> None:
+    printed = run_script(ROOT / PLANNER, 4, tmp_path)
+    still, moved = map(float, re.findall(r"mean: (\S+) without moves, (\S+) with", printed)[0])
+    assert moved < 1.4 < 2 < still
+    assert float(re.findall(r"difference of a loss: (\S+)", printed)[0]) < 1e-5  # float32: only the order of sums differs
+    assert (tmp_path / "runs" / "planner.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
