@@ -29,7 +29,7 @@ test-all: $(READY)  ## with every one of very many like cases, too
 	$(BIN)/$(PYTEST) $(ARGS)
 
 test-fast: $(READY)  ## the inner loop
-	$(BIN)/$(PYTEST) -m "not slow" $(ARGS)
+	$(BIN)/$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
 build/torch-%/.ready: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -38,7 +38,7 @@ build/torch-%/.ready: pyproject.toml
 	touch $@
 
 test-torch: build/torch-$(VERSION)/.ready  ## the inner loop with another torch: by default the oldest that moecomm takes
-	build/torch-$(VERSION)/bin/$(PYTEST) -m "not slow" -W ignore::DeprecationWarning $(ARGS)
+	build/torch-$(VERSION)/bin/$(PYTEST) -m "not slow and not exhaustive" -W ignore::DeprecationWarning $(ARGS)
 
 # The tests that put tensors on a GPU, if there is one. With PYTHON=..., by that Python and what is installed in it; nothing is downloaded.
 ON_GPU := tests/ops tests/layer/test_static_gpu.py tests/faults/test_threads.py tests/compile/test_report.py

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -207,4 +208,5 @@ def test_a_project_that_is_wrong_or_fails_is_left_out_with_the_reason() -> None:
 
 def test_a_cpu_has_the_ways_written_anew_and_no_others() -> None:
     assert list(gpu_peers.ways("cpu", torch.float32, without=("one_hot",))) == [name for name in ON_ONE if name != "one_hot"]
-    assert gpu_peers.wholes("cpu", torch.bfloat16) == {}
+    installed = ["transformers"] if find_spec("transformers") else []  # whose experts run on a CPU too
+    assert list(gpu_peers.wholes("cpu", torch.bfloat16)) == installed
