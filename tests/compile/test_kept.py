@@ -119,6 +119,7 @@ def eager_here() -> None:
             assert region is inside or least <= kept < 1.03 * least, (kept, least, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_eager_the_policy_keeps_the_received_tokens_and_the_first_matmul_and_repeats_neither(ranks: int) -> None:
     run_ranks(eager_here, ranks)
@@ -186,6 +187,7 @@ def test_compiled_the_policy_and_keep_less_keep_just_that_and_repeat_no_exchange
     run_ranks(compiled_here, ranks, mode, timeout=300)
 
 
+@pytest.mark.slow
 def test_keep_less_makes_no_rows_again_that_no_backward_reads() -> None:
     x, gate, into, out = inputs()
     graphs: list[torch.fx.Graph] = []

@@ -81,6 +81,7 @@ def starving_here() -> list[Share]:
     return shares
 
 
+@pytest.mark.slow
 def test_ranks_that_send_none_and_that_get_none_take_part_in_every_exchange() -> None:
     """A rank that gets no tokens must have the backward graph of the others: Megatron-LM pull request 4851, PaddleFormers pull request
     3010. One that has none to send must come to the exchange, and to every step: uccl pull request 940, and vLLM issue 43547, where such

@@ -17,6 +17,7 @@ from moecomm import info
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_it_prints_what_is_installed_and_what_a_tensor_takes() -> None:
     command = [sys.executable, "-m", "moecomm.info", "--json"]
     found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout)

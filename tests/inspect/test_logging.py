@@ -92,6 +92,7 @@ def test_a_line_says_how_uneven_the_ranks_are_and_costs_no_exchange_and_no_read(
     ]
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_is_one_graph_and_logs_nothing_at_debug(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "moecomm")
     given = torch.ones(3, 8, requires_grad=True), EXPERTS, torch.ones(3, 2, requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -26,6 +27,7 @@ def layer(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torc
     return mf.combine(rows, plan)
 
 
+@pytest.mark.slow
 def test_a_profile_names_the_steps_in_eager_mode_and_their_ops_in_compiled_code() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weights = torch.randn(6, 8, generator=generator, requires_grad=True), torch.rand(6, 2, generator=generator, requires_grad=True)

@@ -123,7 +123,8 @@ def run_all(cases: list[str], compiled: bool) -> list[dict[str, Tensor]]:
     return [run(case, compiled) for case in cases]
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_losses_of_dtensors_and_their_gradients_are_those_of_one_process(compiled: bool) -> None:
     cases = ["a, and other tokens over b"] if compiled else list(CASES)
     for results in run_ranks(run_all, 4, cases, compiled, timeout=200):
@@ -172,6 +173,7 @@ def all_traffic() -> list[dict[str, tuple[list[str], list[str]]]]:
     return [traffic_here(case) for case in CASES]
 
 
+@pytest.mark.slow
 def test_dtensors_send_what_their_local_shards_would_and_the_gradient_of_a_loss_that_all_ranks_have_is_not_sent() -> None:
     for results in run_ranks(all_traffic, 4, timeout=200):
         for case, traffic in zip(CASES, results, strict=True):

@@ -145,6 +145,7 @@ def every_dtype_here() -> None:
             mean_of_gradients_here(dtype)
 
 
+@pytest.mark.slow
 def test_every_dtype_is_right_or_refused_by_name_before_anything_is_sent() -> None:
     run_ranks(every_dtype_here, 2)
 

@@ -112,6 +112,7 @@ backward, 2: backward_kernel weighted_sum_kernel
     )
 
 
+@pytest.mark.slow
 def test_what_a_rank_launches() -> None:
     of_ranks = run_ranks(layer_here, 2, 5, None, timeout=120)
     assert of_ranks[0] == of_ranks[1]

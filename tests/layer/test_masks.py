@@ -150,6 +150,7 @@ def batches_here() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_a_batch_padded_to_twice_its_length_has_the_same_losses_counts_and_gradients_over_a_group_too() -> None:
     for cases in run_ranks(batches_here, 2):
         for plain, *others in cases:

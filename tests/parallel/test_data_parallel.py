@@ -204,7 +204,8 @@ def train_beside_ddp(sizes: Sizes, steps: int, compiled: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_ddp_with_experts_left_out_trains_as_one_process_does(compiled: bool) -> None:
     sizes = Sizes()
     expected = one_process.train(sizes, 5, 0.5).losses

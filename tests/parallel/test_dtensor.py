@@ -266,6 +266,7 @@ def all_wrong(cases: list[str]) -> list[str]:
     return [wrong(case) for case in cases]
 
 
+@pytest.mark.slow
 def test_a_placement_that_makes_no_sense_is_an_error_that_names_it() -> None:
     says = {
         "logits in parts": r"logits was Shard(dim=1) on dim 1 of its mesh; it must be Shard(0) or Replicate() there",

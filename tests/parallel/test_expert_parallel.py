@@ -47,7 +47,7 @@ def train(sizes: Sizes, ranks: int, ep: int, compiled: bool) -> Run:
 @pytest.mark.parametrize(
     ("ranks", "ep", "compiled"),
     [
-        *((*split, False) for split in SPLITS),
+        *(pytest.param(*split, False, marks=pytest.mark.slow if split[0] > 2 else ()) for split in SPLITS),
         *(pytest.param(*split, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for split in SPLITS),  # test_fsdp.py compiles one
     ],
 )

@@ -92,6 +92,7 @@ def second_gradients_here() -> None:
     assert torch.autograd.gradgradcheck(lambda x: mf.slice_gather(mf.slice_scatter(x, None) ** 2, None, size=5), x)
 
 
+@pytest.mark.slow
 def test_the_slices_have_second_derivatives() -> None:
     run_ranks(second_gradients_here, 2)
 
@@ -182,6 +183,7 @@ def dtensors_here() -> None:
         assert torch.equal(grad.full_tensor(), 2 * plain)
 
 
+@pytest.mark.slow
 def test_a_dtensor_goes_from_replicate_to_shard_and_back() -> None:
     run_ranks(dtensors_here, 4)
 

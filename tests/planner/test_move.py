@@ -25,7 +25,7 @@ from moecomm.planner import move_experts_
 from tests import layers, one_process
 from tests.faults.faults import FAULTY, At, Fault, lost_ranks
 from tests.one_process import RATE, Sizes
-from tests.spawn import run_ranks
+from tests.spawn import FOUR, run_ranks
 from tests.traffic import Traffic
 
 Rows = list[list[int]]
@@ -80,7 +80,7 @@ def moved_here(chain: list[Rows], chunk: int | None) -> tuple[list[int], list[in
     return exchanges, most
 
 
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("ranks", [2, FOUR, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_every_row_of_every_dtype_is_where_the_new_placement_has_its_expert(ranks: int) -> None:
     for chain in (SWAPS[ranks], REPLICAS[ranks]):
         for exchanges, _ in run_ranks(moved_here, ranks, chain, None):

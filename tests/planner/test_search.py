@@ -121,6 +121,7 @@ def test_what_a_search_cannot_take_is_refused_by_name(arguments: dict[str, Any],
         search(MODEL, H100, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "nodes"), [(QWEN3, 2), (DEEPSEEK, 32)])
 def test_the_command_prints_a_table_and_the_call_to_paste(
     config: dict[str, Any], nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

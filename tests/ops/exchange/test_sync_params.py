@@ -82,6 +82,7 @@ def derivatives_here(src: int) -> None:
     assert gradgradcheck(cubes, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_first_and_second_derivatives_of_sync_params(ranks: int) -> None:
     run_ranks(derivatives_here, ranks, ranks - 1)

@@ -43,6 +43,7 @@ def test_sizes_are_the_sums_of_what_is_sent_and_received() -> None:
     assert plan_sizes(sent[1], received[1])[3].tolist() == [[0, 1], [2, 1]]
 
 
+@pytest.mark.slow
 def test_slots_are_few_where_every_rank_says_so() -> None:
     sent = [message(torch.tensor([[0, 1]]), 2), message(torch.tensor([[7, 7]]), 2)]
     for says in ((1, 1), (1, 0), (0, 1), (0, 0)):

@@ -55,6 +55,7 @@ def test_ids_out_of_range_do_not_fit_and_are_counted(wrong: int, device: str) ->
         check(*2 * (experts.clamp(min=0).to(torch.uint8),), 8, device)
 
 
+@pytest.mark.slow
 def test_places_may_be_others_than_the_experts(device: str) -> None:
     experts = routing(30, 3, 5, seed=4)
     experts[7, 2] = 5  # out of range: it has no place

@@ -45,7 +45,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize("d", [0, 1, 17, pytest.param(1024, marks=pytest.mark.slow), 1500])
+@pytest.mark.parametrize("d", [0, 1, 17, pytest.param(1024, marks=pytest.mark.slow), pytest.param(1500, marks=pytest.mark.slow)])
 def test_gather_agrees_with_a_loop(k: int, d: int, device: str) -> None:
     for dtype in FLOATS:
         x = torch.randn(9, d, generator=seeded(d)).to(dtype)

@@ -83,7 +83,7 @@ def check_gradients(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize("d", [0, 1, 17, pytest.param(1024, marks=pytest.mark.slow), 1500])
+@pytest.mark.parametrize("d", [0, 1, 17, pytest.param(1024, marks=pytest.mark.slow), pytest.param(1500, marks=pytest.mark.slow)])
 def test_both_paths_agree_with_a_float64_loop(k: int, d: int, dtype: torch.dtype, device: str) -> None:
     """To one rounding to the dtype, beside what accumulation in float32 allows."""
     for weight_dtype in {torch.float32, dtype}:
@@ -93,6 +93,7 @@ def test_both_paths_agree_with_a_float64_loop(k: int, d: int, dtype: torch.dtype
     check_sum(rows, None, order, position, device)
 
 
+@pytest.mark.slow
 def test_more_tokens_than_a_block_has_rows(device: str) -> None:
     rows, weights, order, position, grad = case(150, 2, 3, torch.float32, torch.float32)
     check_sum(rows, weights, order, position, device)
