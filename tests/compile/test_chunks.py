@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import expecttest
 import pytest
 import torch
@@ -27,27 +29,31 @@ def test_tokens_must_be_as_many_in_each_tensor() -> None:
         in_two_chunks(torch.add, torch.ones(5, 2), torch.ones(4, 2))
 
 
-def here() -> list[list[str]]:
-    """Eager and compiled chunks beside the whole batch, whatever T; gives the order of the compiled code."""
+def compare_here(function: Any) -> None:
+    """Chunks beside the whole batch, whatever T."""
     experts = parameters(torch.float32)
+    for seed, tokens in enumerate(((5, 8), (0, 3), (1, 0), (1, 1), (0, 0), (7, 2))):
+        given = tokens_here(seed, tokens[dist.get_rank()], torch.float32, "random")
+        unbacked(*given)
+        for one, right in zip(step(function, given, experts), step(layer, given, experts), strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_give_what_the_whole_batch_does() -> None:
+    run_ranks(compare_here, 2, chunked)
+
+
+def orders_here() -> list[list[str]]:
+    """The order of the compiled code."""
     compiled = torch.compile(chunked, fullgraph=True, options=options(overlap_exchanges))
-
-    def compare() -> None:
-        for seed, tokens in enumerate(((5, 8), (0, 3), (1, 0), (1, 1), (0, 0), (7, 2))):
-            given = tokens_here(seed, tokens[dist.get_rank()], torch.float32, "random")
-            unbacked(*given)
-            want = step(layer, given, experts)
-            for function in (chunked, compiled):
-                for one, right in zip(step(function, given, experts), want, strict=True):
-                    torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-5)
-
-    _, codes = run_and_get_code(compare)
+    _, codes = run_and_get_code(compare_here, compiled)
     return [order_of_code(code) for code in codes]
 
 
 @pytest.mark.slow
-def test_chunks_give_what_the_whole_batch_does_and_each_exchanges_while_the_other_computes() -> None:
-    orders, other = run_ranks(here, 2, timeout=300)
+@pytest.mark.exhaustive
+def test_compiled_each_chunk_exchanges_while_the_other_computes() -> None:
+    orders, other = run_ranks(orders_here, 2, timeout=300)
     assert orders == other
     assert len(orders) == 2  # a forward and a backward: another T compiles nothing anew
     expecttest.assert_expected_inline(

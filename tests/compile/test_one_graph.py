@@ -48,6 +48,7 @@ def keys_here() -> list[str]:
     return [key for key, _ in keys]
 
 
+@pytest.mark.exhaustive
 def test_the_ranks_of_all_groups_along_a_dim_share_one_cache_entry() -> None:
     first, *others = run_ranks(keys_here, 4, timeout=300)
     assert len(first) == 2  # forward and backward

@@ -43,6 +43,7 @@ def orders_here() -> list[list[str]]:
     return [re.findall(r"= torch\.ops\.moecomm\.(\w+_exchange)\.default\(", code) for code in codes]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_ranks_of_very_different_sizes_start_their_exchanges_in_the_order_of_the_graph() -> None:
     first, second = run_ranks(orders_here, 2, timeout=300)

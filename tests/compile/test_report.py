@@ -152,10 +152,8 @@ def compiled_step() -> None:
     layer(torch.ones(6, D)).sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("target", "reads"),
-    [("tests.compile.test_report:compiled_step", 1), pytest.param("the demo's step", 4, marks=pytest.mark.exhaustive)],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("target", "reads"), [("tests.compile.test_report:compiled_step", 1), ("the demo's step", 4)])
 def test_the_command_reports_one_graph_and_the_read_of_each_layer(target: str, reads: int) -> None:
     """Without a target it takes the demo's step, whose 4 layers share a graph."""
     command = [sys.executable, "-m", "moecomm.compile.report", "--json", *([target] if ":" in target else [])]

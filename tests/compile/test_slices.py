@@ -42,13 +42,7 @@ def slices_here(backend: str) -> None:
         assert counter.frame_count == dim + 1, f"another size must not recompile: {size}"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "backend"),
-    [
-        (2, "aot_eager"),
-        pytest.param(2, "inductor", marks=pytest.mark.exhaustive),
-        *(pytest.param(ranks, "aot_eager", marks=pytest.mark.exhaustive) for ranks in (1, 4)),
-    ],
-)
+@pytest.mark.exhaustive  # tests/test_functions.py compiles them in every run
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "inductor"), *((ranks, "aot_eager") for ranks in (1, 2, 4))])
 def test_compiled_slices_are_the_eager_ones_whatever_the_size(ranks: int, backend: str) -> None:
     run_ranks(slices_here, ranks, backend, timeout=200)
