@@ -16,7 +16,7 @@ from benchmarks.peers import MOECOMM, ON_ONE, ON_RANKS, check
 from benchmarks.sweep import Point
 from benchmarks.whole import check_whole, with_experts
 from moecomm.planner import PRESETS, Split, Way, assess, parameters
-from tests.spawn import FOUR, run_ranks
+from tests.spawn import run_ranks
 from tutorials.demo import auto
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,7 +37,7 @@ def check_here() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, FOUR])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_a_peer_is_the_dense_layer_on_ranks(ranks: int) -> None:
     run_ranks(check_here, ranks, timeout=120)
 

@@ -203,6 +203,7 @@ def layer_by_kernels(case: Case) -> dict[str, Tensor]:
     return by_kernels(layer, case, rank, group_of(case))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton's interpreter is off")
 @fuzzed(4, 200)

@@ -172,7 +172,8 @@ def compiled_here(mode: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [MODES[0], *(pytest.param(mode, marks=pytest.mark.exhaustive) for mode in MODES[1:])], ids=str)
+@pytest.mark.exhaustive  # tests/test_functions.py compiles them in every run
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_compiled_it_is_the_eager_layer(mode: dict[str, Any]) -> None:
     run_ranks(compiled_here, 2, mode, timeout=200)
 

@@ -104,7 +104,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, FOUR])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_a_layer_is_that_of_the_slots_that_fit_and_with_room_for_all_it_is_dynamic_modes_bit_for_bit(ranks: int) -> None:
     for case, *parts in zip(cases(ranks), *run_ranks(layers_here, ranks, cases(ranks), timeout=300), strict=True):
         of = problem(case)

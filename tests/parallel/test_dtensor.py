@@ -162,7 +162,7 @@ def flattened(compiled: bool) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="DTensor cannot flatten two dims that are both sharded before torch 2.13")
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_sequences_sharded_over_batch_and_length_may_be_flattened_to_tokens(compiled: bool) -> None:
     run_ranks(flattened, 4, compiled)
 
@@ -189,6 +189,7 @@ def across_graphs() -> None:
     torch.testing.assert_close(y.full_tensor(), given["x"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_plan_of_dtensors_is_a_pytree_that_passes_between_graphs() -> None:
     run_ranks(across_graphs, 4)

@@ -70,6 +70,7 @@ def test_compiled_training_split_over_4_ranks_is_that_of_one_process() -> None:
     assert_is_one_process(run_ranks(train, 4, of, split, "GPipe", True, timeout=200), expected(of))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("split", [Split(1, 2, 4, 2, 2, 2), pytest.param(Split(2, 1, 4, 1, 1, 4), marks=pytest.mark.exhaustive)])

@@ -123,9 +123,9 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     ("before", "between", "after"),
     [
         (Arrangement(1, 4, 1), Arrangement(2, 2, 1), ALONE),
-        pytest.param(ALONE, Arrangement(1, 2, 2), Arrangement(1, 4, 1), marks=pytest.mark.slow),
+        pytest.param(ALONE, Arrangement(1, 2, 2), Arrangement(1, 4, 1), marks=pytest.mark.exhaustive),
         (Arrangement(2, 2, 1, fsdp=True), Arrangement(1, 4, 1), Arrangement(1, 2, 1, fsdp=True)),
-        pytest.param(Arrangement(1, 2, 2, fsdp=True), Arrangement(2, 1, 1, fsdp=True), Arrangement(2, 1, 2), marks=pytest.mark.slow),
+        pytest.param(Arrangement(1, 2, 2, fsdp=True), Arrangement(2, 1, 1, fsdp=True), Arrangement(2, 1, 2), marks=pytest.mark.exhaustive),
     ],
 )
 def test_training_goes_on_from_a_checkpoint_on_another_mesh(

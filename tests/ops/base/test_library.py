@@ -32,6 +32,7 @@ print(loss.grad.item(), torch.compiler.config.cache_key_tag)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_an_op_whose_backward_has_changed_is_compiled_anew(tmp_path: Path) -> None:
     for folder, inside in (("moecomm", "."), ("ops", "ops"), ("compile", "compile")):  # as installed

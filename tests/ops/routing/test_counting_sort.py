@@ -75,7 +75,7 @@ def check_bounded(keys: Tensor, bins: int, most: int, device: str) -> None:
 
 
 SIZES = [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (257, 1, 65), (100, 8, 17), (0, 2, 3), (0, 1, 1)]
-SIZES += [pytest.param(256, 1, 64, marks=pytest.mark.exhaustive), pytest.param(300, 2, 200, marks=pytest.mark.slow)]
+SIZES += [pytest.param(256, 1, 64, marks=pytest.mark.exhaustive), pytest.param(300, 2, 200, marks=pytest.mark.exhaustive)]
 MANY_BINS = (100, 3, 2500)  # several steps a block, and bins that one warp does not add up
 
 
