@@ -49,6 +49,7 @@ def assert_close(case: Case, whole: Problem, results: list[tuple[list[Tensor], T
         torch.testing.assert_close(torch.cat([gradients[i] for gradients, _, _ in results]), want[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, FOUR])
 def test_a_layer_of_aligned_rows_is_the_dense_one_and_sends_no_more(ranks: int) -> None:
     for routing in ROUTINGS:

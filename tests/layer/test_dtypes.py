@@ -150,6 +150,7 @@ def test_every_dtype_is_right_or_refused_by_name_before_anything_is_sent() -> No
     run_ranks(every_dtype_here, 2)
 
 
+@pytest.mark.slow
 def test_the_kernels_move_every_dtype_and_add_up_those_that_are_summed() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     order, position = (torch.tensor(ids, dtype=torch.int32, device=device) for ids in ([4, 0, -1, 2, 3], [[1, -1], [3, 4], [0, -1]]))

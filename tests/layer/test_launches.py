@@ -130,6 +130,7 @@ backward, 10: gather_kernel alltoall_base_ backward_kernel weighted_sum_kernel a
     )
 
 
+@pytest.mark.slow
 def test_what_a_rank_launches_in_static_mode() -> None:
     of_ranks = run_ranks(layer_here, 2, 5, 5, timeout=120)
     assert of_ranks[0] == of_ranks[1]

@@ -217,7 +217,7 @@ def train(sizes: Sizes, how: Spread, steps: int, compiled: bool) -> Run:
 @pytest.mark.parametrize(
     ("how", "compiled"),
     [
-        *(pytest.param(how, False, marks=pytest.mark.slow if TRAININGS[how].ranks > 2 else ()) for how in TRAININGS),
+        *(pytest.param(how, False, marks=() if how == "two replicas" else pytest.mark.slow) for how in TRAININGS),
         *(pytest.param(how, True, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for how in TRAININGS),
     ],
 )

@@ -149,7 +149,8 @@ def test_slices_of_the_hidden_dim_give_the_whole_gradient_of_the_weights() -> No
     run_ranks(slices_here, 4)
 
 
-@pytest.mark.parametrize("mode", [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:3])], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES[:3], ids=str)
 def test_first_and_second_derivatives(mode: dict[str, Any]) -> None:
     given = mine(problem(1), 0, 1)
     leaves = [given[name] for name in ("x", "weights")]

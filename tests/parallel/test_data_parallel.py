@@ -93,7 +93,8 @@ def train_here(split: tuple[int, ...], src: int, how: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("ranks", "how"),
     [
-        *((ranks, how) for ranks in (1, 2, 4) for how in ("eager", "in place")),
+        *((ranks, how) for ranks in (1, 2) for how in ("eager", "in place")),
+        *(pytest.param(4, how, marks=pytest.mark.slow) for how in ("eager", "in place")),
         *(pytest.param(ranks, "compiled", marks=[pytest.mark.slow, pytest.mark.exhaustive]) for ranks in (1, 2, 4)),
     ],
 )

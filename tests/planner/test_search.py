@@ -92,6 +92,7 @@ def sizes_in(line: str) -> list[int]:
     return [int(size) for size in " ".join(line.split("|")[:2]).split()]
 
 
+@pytest.mark.slow
 def test_the_data_is_plain_and_the_text_and_the_picture_show_the_best(table: Table, tmp_path: Path) -> None:
     again = json.loads(json.dumps(table.to_dict()))
     assert again["rows"][0]["split"] == table.rows[0].split._asdict()
@@ -135,6 +136,7 @@ def test_the_command_prints_a_table_and_the_call_to_paste(
     assert lines[-1] == f'mesh = moe_mesh("cuda", pp={pp}, dp={dp}, cp={cp}, tp={tp}, ep={ep}, etp={etp})'
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
     file, data, picture = (tmp_path / name for name in ("config.json", "table.json", "plot.png"))
     file.write_text(json.dumps(GPT_OSS))

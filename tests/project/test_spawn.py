@@ -108,6 +108,7 @@ def test_ranks_with_too_many_process_groups_are_not_kept() -> None:
     assert not set(run_ranks(make_groups, 2, 0)) & set(first)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_fails_the_call_with_its_traceback() -> None:
     before = run_ranks(total_here, 2, 1)
     with pytest.raises(RankFailed) as failed:

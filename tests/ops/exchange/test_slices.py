@@ -97,6 +97,7 @@ def gradients() -> None:
             assert torch.equal(grad, chunks(cotangent, dim, ranks)[rank])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, FOUR])
 def test_gradients_across_ranks(ranks: int) -> None:
     run_ranks(gradients, ranks)

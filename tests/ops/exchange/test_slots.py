@@ -120,6 +120,7 @@ def gradients(tokens: tuple[int, ...]) -> None:
         check_gradients_across_ranks(gradient_of(lambda weights, exchanged=exchanged: exchanged(weights)[0]), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, FOUR])
 def test_gradient_of_the_weights_comes_home_and_its_own_does(ranks: int) -> None:
     run_ranks(gradients, ranks, TOKENS[ranks])

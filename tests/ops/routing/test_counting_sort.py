@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,8 +76,9 @@ def check_bounded(keys: Tensor, bins: int, most: int, device: str) -> None:
         assert_same_layout(bounded_fake(keys, bins, most), got)
 
 
-SIZES = [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (257, 1, 65), (100, 8, 17), (0, 2, 3), (0, 1, 1)]
+SIZES: list[Any] = [(1, 1, 1), (257, 2, 1), (5, 2, 3), (255, 1, 4), (0, 2, 3), (0, 1, 1)]
 SIZES += [pytest.param(256, 1, 64, marks=pytest.mark.exhaustive), pytest.param(300, 2, 200, marks=pytest.mark.exhaustive)]
+SIZES += [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((257, 1, 65), (100, 8, 17))]
 MANY_BINS = (100, 3, 2500)  # several steps a block, and bins that one warp does not add up
 
 

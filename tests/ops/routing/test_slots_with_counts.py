@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ from moecomm.ops.routing.slots_with_counts import few_cpu, few_fake, few_slots, 
 from tests.ops.cases import assert_same_layout, guarded, routing, seeded, strided
 
 RANKS = 3
-ROUTINGS = [(5, 2, 3), (0, 2, 3), (33, 1, 2)]  # T, K, L
-ROUTINGS += [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((70, 3, 129), (9, 8, 2**15 + 1), (40, 5, 1))]
+ROUTINGS: list[Any] = [(5, 2, 3), (0, 2, 3)]  # T, K, L
+ROUTINGS += [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((33, 1, 2), (70, 3, 129), (9, 8, 2**15 + 1), (40, 5, 1))]
 
 
 def chosen(tokens: int, k: int, local: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

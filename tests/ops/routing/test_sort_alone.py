@@ -40,13 +40,16 @@ def check(experts: Tensor, places: Tensor, bins: int, device: str) -> None:
             assert_same_layout(alone_fake(experts, places, *args), got)
 
 
-@pytest.mark.parametrize(("tokens", "k", "bins"), [(5, 2, 3), (70, 1, 65), (40, 8, 17), (0, 2, 3), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "bins"),
+    [(5, 2, 3), pytest.param(70, 1, 65, marks=pytest.mark.slow), pytest.param(40, 8, 17, marks=pytest.mark.slow), (0, 2, 3), (1, 1, 1)],
+)
 def test_the_sort_agrees_with_a_loop(tokens: int, k: int, bins: int, device: str) -> None:
     experts = routing(tokens, k, bins, seed=tokens)
     check(experts, experts, bins, device)
 
 
-@pytest.mark.parametrize("wrong", [-2, 8, 255, 2**31, 2**32 + 1, -(2**63)])
+@pytest.mark.parametrize("wrong", [-2, 8, *(pytest.param(wrong, marks=pytest.mark.slow) for wrong in (255, 2**31, 2**32 + 1, -(2**63)))])
 def test_ids_out_of_range_do_not_fit_and_are_counted(wrong: int, device: str) -> None:
     experts = routing(9, 2, 8, seed=3)
     experts[4, 1] = wrong

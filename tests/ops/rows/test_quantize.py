@@ -162,6 +162,7 @@ def test_a_value_comes_back_within_the_bound_and_what_is_not_finite_as_nan(dtype
         assert not got[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", WIRES)
 def test_rows_are_gathered_on_the_way_and_padding_is_zeros(wire: str, device: str) -> None:
     for tokens, d in ((9, 33), (9, 128), (70, 5), (0, 5), (3, 0), (0, 0)):
