@@ -198,6 +198,7 @@ def inductor_here() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_merged_and_overlapped_code_gives_the_bits_of_neither() -> None:
     run_ranks(inductor_here, 2, timeout=300)

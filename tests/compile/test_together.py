@@ -169,6 +169,7 @@ def autocast_here() -> None:
     close(answers[1][:1], gradients_of(model, given)[:1], torch.bfloat16)
 
 
+@pytest.mark.exhaustive
 def test_autocast_is_traced_with_the_layer() -> None:
     run_ranks(autocast_here, 2, timeout=400)
 

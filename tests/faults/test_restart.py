@@ -115,6 +115,7 @@ V6 = "0000000000000000FFFF0000"  # what stands before an IPv4 address in an IPv6
 LOOPBACK = {"0100007F", f"{V6}0100007F", "00000000000000000000000001000000"}  # 127.0.0.1, the same in IPv6, and ::1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 def test_the_demo_listens_on_loopback_and_talks_to_nobody_else(tmp_path: Path) -> None:

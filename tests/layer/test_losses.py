@@ -282,9 +282,8 @@ def compiled_here(backend: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "backend"), [(2, "aot_eager"), *(pytest.param(ranks, "inductor", marks=pytest.mark.exhaustive) for ranks in (1, 2))]
-)
+@pytest.mark.exhaustive  # tests/test_functions.py compiles them in every run
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "aot_eager"), (1, "inductor"), (2, "inductor")])
 def test_compiled_they_give_what_they_give_in_eager_mode_in_one_graph_for_all_ranks_and_numbers_of_tokens(ranks: int, backend: str) -> None:
     graphs = run_ranks(compiled_here, ranks, backend, timeout=300)
     assert all(of_rank == graphs[0] for of_rank in graphs)

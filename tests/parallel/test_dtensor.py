@@ -133,7 +133,7 @@ def run_layers(cases: Cases, compiled: bool) -> list[dict[str, Tensor]]:
     [
         pytest.param(CASES[:2], False, marks=pytest.mark.slow, id="tokens over a and b"),
         pytest.param(CASES[2:], False, marks=pytest.mark.slow, id="all others"),
-        pytest.param(CASES[-1:], True, marks=pytest.mark.slow, id="slices of the hidden dim, compiled"),
+        pytest.param(CASES[-1:], True, marks=[pytest.mark.slow, pytest.mark.exhaustive], id="slices of the hidden dim, compiled"),
         pytest.param(CASES[:-1], True, marks=[pytest.mark.slow, pytest.mark.exhaustive], id="all others, compiled"),
     ],
 )

@@ -76,6 +76,7 @@ def test_every_arrangement_of_ranks_trains_as_one_process_does(arguments: str, o
     torch.testing.assert_close(everywhere[0], one_process, rtol=2e-6, atol=0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_experts_are_replicated_where_fsdp_has_one_mesh_for_a_block(one_process: list[float]) -> None:
     everywhere = run_ranks(losses, 4, f"--ranks 4 --ep 2 {EAGER}", True, 8)

@@ -108,7 +108,8 @@ def test_every_split_trains_as_one_rank_does(arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["--pp 2 --tp 2 --ep 2", pytest.param("--tp 2 --ep 2 --etp 2 --slice", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("split", ["--pp 2 --tp 2 --ep 2", "--tp 2 --ep 2 --etp 2 --slice"])
 def test_with_a_shared_expert_too_a_split_trains_as_one_rank_does(split: str) -> None:
     expected = one_rank(microbatches(options_of(f"--ranks 4 {split}").pp), "--shared 24")
     for losses in run_ranks(training, 4, f"--ranks 4 {split} --shared 24 {EAGER}", timeout=240):
