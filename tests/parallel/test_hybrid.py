@@ -64,7 +64,6 @@ def test_training_split_over_8_ranks_is_that_of_one_process(split: Split, compil
     assert_is_one_process(run_ranks(train, WORLD, of, split, "GPipe", compiled, timeout=200), expected(of))
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compiled_training_split_over_4_ranks_is_that_of_one_process() -> None:
     of = training(split := Split(pp=2, dp=1, tp=2, edp=1, ep=2, etp=1))
