@@ -148,8 +148,9 @@ def accumulated_here() -> None:
     close(traced, eager, torch.float32)
 
 
-def test_micro_batches_add_up_and_functional_call_takes_other_parameters() -> None:
-    run_ranks(accumulated_here, 1, timeout=400)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_micro_batches_add_up_and_functional_call_takes_other_parameters(ranks: int) -> None:
+    run_ranks(accumulated_here, ranks, timeout=400)
 
 
 def autocast_here() -> None:

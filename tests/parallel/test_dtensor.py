@@ -195,10 +195,10 @@ def test_a_plan_of_dtensors_is_a_pytree_that_passes_between_graphs() -> None:
     run_ranks(across_graphs, 4)
 
 
-def graphs(tokens: tuple[int, ...], dynamic: bool | None) -> list[int]:
+def graphs(tokens: tuple[int, ...], dynamic: bool | None, slices: int) -> list[int]:
     """How many there are after each number of tokens, of which the ranks have unequal shares."""
     torch._dynamo.reset()
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+    mesh = init_device_mesh("cpu", (2, slices), mesh_dim_names=("a", "b"))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=dynamic)
     counts = []
@@ -206,7 +206,7 @@ def graphs(tokens: tuple[int, ...], dynamic: bool | None) -> list[int]:
         # Local slices: where ranks send shards, the padded ones come as views of other tensors, which have graphs of their own.
         x = distribute_tensor(torch.ones(number, WIDTH), mesh, [Shard(0), Shard(1)], src_data_rank=None).requires_grad_()
         logits = distribute_tensor(torch.randn(number, EXPERTS), mesh, [Shard(0), Replicate()], src_data_rank=None).requires_grad_()
-        y = compiled(x, logits, torch.ones(2, WIDTH, requires_grad=True), mesh["a"])
+        y = compiled(x, logits, torch.ones(2, WIDTH // slices, requires_grad=True), mesh["a"])
         assert y.shape == x.shape
         y.to_local().sum().backward()
         counts.append(counter.frame_count)
@@ -214,15 +214,16 @@ def graphs(tokens: tuple[int, ...], dynamic: bool | None) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_new_number_of_tokens_makes_one_graph_of_any_number_and_no_more() -> None:
-    assert run_ranks(graphs, 2, (11, 13, 17, 8), None, timeout=200) == [[1, 2, 2, 2]] * 2
+@pytest.mark.parametrize("slices", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_new_number_of_tokens_makes_one_graph_of_any_number_and_no_more(slices: int) -> None:
+    assert run_ranks(graphs, 2 * slices, (11, 13, 17, 8), None, slices, timeout=200) == [[1, 2, 2, 2]] * 2 * slices
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_where_sizes_are_dynamic_from_the_first_call_there_are_at_most_two_graphs() -> None:
     # 11 and 12 tokens are 6 for the first ranks, which torch 2.13 does not tell apart unless the sizes are dynamic from the first call.
-    assert all(counts[0] == counts[1] and counts[-1] <= 2 for counts in run_ranks(graphs, 2, (11, 12, 17, 8), True, timeout=200))
+    assert all(counts[0] == counts[1] and counts[-1] <= 2 for counts in run_ranks(graphs, 4, (11, 12, 17, 8), True, 2, timeout=200))
 
 
 def wrong(case: str) -> str:

@@ -116,9 +116,17 @@ def test_with_a_shared_expert_too_a_split_trains_as_one_rank_does(split: str) ->
         torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
 
 
+CHAINS = {
+    "to fewer ranks": ["--ranks 4 --pp 2 --tp 2 --ep 2", "--ranks 2 --tp 2 --etp 2 --slice", "--ranks 2 --pp 2", "--ranks 1"],
+    "on four ranks": ["--ranks 4 --pp 2 --tp 2 --ep 2", "--ranks 4 --tp 2 --ep 2 --etp 2 --slice", "--ranks 4 --pp 4", "--ranks 1"],
+}
+
+
 @pytest.mark.slow
-def test_training_goes_on_from_a_checkpoint_on_ranks_split_otherwise(tmp_path: Path) -> None:
-    ways = ["--ranks 4 --pp 2 --tp 2 --ep 2", "--ranks 2 --tp 2 --etp 2 --slice", "--ranks 2 --pp 2", "--ranks 1"]
+@pytest.mark.parametrize(
+    "ways", [CHAINS["to fewer ranks"], pytest.param(CHAINS["on four ranks"], marks=pytest.mark.exhaustive)], ids=list(CHAINS)
+)
+def test_training_goes_on_from_a_checkpoint_on_ranks_split_otherwise(ways: list[str], tmp_path: Path) -> None:
     for step, way in enumerate(ways, 1):
         losses = run_ranks(training, options_of(way).ranks, f"{way} {EAGER}", 4, tmp_path, step, timeout=240)[0]
     torch.testing.assert_close(losses, one_rank(4), rtol=TOLERANCE, atol=0)
