@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 
-from moecomm.compile.overlap import MATMULS
+from moecomm.compile.overlap import is_matmul
 from moecomm.ops.exchange.start_op import STARTS
 from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
@@ -94,7 +94,7 @@ def save_matmuls(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwa
     tensor([[6., 6., 6.],
             [6., 6., 6.]])
     """
-    return CheckpointPolicy.MUST_SAVE if _received(op) or _matmul(op) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _received(op) or is_matmul(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def contexts(policy: Policy) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -221,7 +221,3 @@ def _received(op: Any) -> bool:
     if op.namespace == "_c10d_functional":
         return not op._schema.is_mutable
     return op in STARTS or op in (plan_sizes, read_sizes)
-
-
-def _matmul(op: Any) -> bool:
-    return isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and op.overloadpacket.__name__ in MATMULS

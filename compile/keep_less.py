@@ -28,7 +28,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from moecomm.compile.overlap import MATMULS
+from moecomm.compile.overlap import is_matmul
 from moecomm.ops.rows.dequantize import dequantize
 from moecomm.ops.rows.gather import gather
 
@@ -75,8 +75,7 @@ def _is_read(node: Node, backward: set[Node]) -> bool:
         for user in todo.pop().users:
             if user in backward:
                 return True
-            name = getattr(user.target, "_opname", None)
-            if user not in seen and getattr(user.target, "namespace", "aten") == "aten" and name not in MATMULS:
+            if user not in seen and getattr(user.target, "namespace", "aten") == "aten" and not is_matmul(user.target):
                 seen.add(user)
                 todo.append(user)
     return False

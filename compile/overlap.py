@@ -146,6 +146,11 @@ def _is_work(node: Node) -> bool:
     return node.target.namespace not in ("aten", "prims") or node.target.overloadpacket.__name__ in MATMULS
 
 
+def is_matmul(op: object) -> bool:
+    """Whether ``op`` is one of torch's matmuls."""
+    return isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and op.overloadpacket.__name__ in MATMULS
+
+
 def _can_be_tied(node: Node) -> bool:
     """Whether all results of the node are tensors: Inductor cannot tie a node that returns sizes."""
     return all(isinstance(value, torch.Tensor) for value in _values(node.meta.get("val")))
@@ -180,7 +185,7 @@ def _cost(node: Node) -> int:
     if not isinstance(node.target, torch._ops.OpOverload) or is_wait(node) or any(r.alias_info for r in node.target._schema.returns):
         return 0
     made = _elements(node.meta.get("val"))
-    if node.target.namespace == "aten" and node.target.overloadpacket.__name__ in MATMULS:
+    if is_matmul(node.target):
         left = node.args[1 if "add" in node.target.__name__ else 0]
         return made * _size(left.meta["val"].shape[-1]) // PER_ELEMENT  # type: ignore[union-attr]
     return made + sum(_elements(needed.meta.get("val")) for needed in node.all_input_nodes)

@@ -30,8 +30,7 @@ def layer(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, group: GroupLike, 
     weights, experts = mf.route(x @ gate, K)
     plan = mf.plan(experts, weights, E, group, placement=placement)
     rows = mf.dispatch(x, plan)  # [N, D]
-    ends = torch.arange(rows.shape[0], dtype=torch.int32)
-    expert = torch.searchsorted(plan.offsets, ends, right=True)  # [N]; grouped_mm has no float64 kernel
+    expert = mf.row_experts(plan)  # [N]; grouped_mm has no float64 kernel
     hidden = F.silu(torch.einsum("nd,ndh->nh", rows, into[expert])) * mf.row_weights(plan).unsqueeze(1)  # [N, H]
     return mf.combine(torch.einsum("nh,nhd->nd", hidden, out[expert]), plan, weighted=False)
 

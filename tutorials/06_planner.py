@@ -36,7 +36,7 @@ def layer(x: Tensor, gate: Tensor, into: Tensor, out: Tensor, placement: list[li
     weights, experts = mf.route(x @ gate + drift(step), K)
     plan = mf.plan(experts, weights, E, placement=placement)
     rows = mf.dispatch(x, plan)
-    expert = torch.searchsorted(plan.offsets, torch.arange(len(rows), dtype=torch.int32), right=True)
+    expert = mf.row_experts(plan)  # [N]
     rows = torch.einsum("nh,nhd->nd", F.silu(torch.einsum("nd,ndh->nh", rows, into[expert])), out[expert])
     return mf.combine(rows, plan), torch.bincount(experts.flatten(), minlength=E)
 
