@@ -10,11 +10,12 @@ moe_mesh("cuda", pp=1, dp=8, cp=1, tp=1, ep=2, etp=1)
 
 from moecomm.planner.cluster import PRESETS, Cluster, Link
 from moecomm.planner.cost import Times, Way
+from moecomm.planner.imbalance import imbalance
 from moecomm.planner.measure import calibrate
 from moecomm.planner.memory import Memory
 from moecomm.planner.model import Model, Parameters, parameters, read_config
 from moecomm.planner.move import move_experts_
-from moecomm.planner.place import Links, imbalance, place
+from moecomm.planner.place import Links, place
 from moecomm.planner.search import assess, search
 from moecomm.planner.splits import Split, splits
 from moecomm.planner.table import Row, Table, Unfit

@@ -1,4 +1,4 @@
-"""place and imbalance: which rank holds which experts, from the load of each expert. Numbers in, numbers out: no rank is asked."""
+"""place: which rank holds which experts, from the load of each expert. Numbers in, numbers out: no rank is asked."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from moecomm.errors import wrong_type, wrong_value
-from moecomm.ops.routing.place_slots import check_rows
+from moecomm.planner.imbalance import Floats, Ints, read_loads, read_placement
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Rows = list[list[int]]
 
 UNITS = 2**40  # the total load. Shares are whole units, so that sums are exact in any order: the same placement on every machine
@@ -28,34 +25,6 @@ class Links(NamedTuple):
 
     node: int  # ranks of a node
     between: float = 1.0  # the time of sending a row between two nodes, in the time in which a rank's experts compute a row
-
-
-def imbalance(loads: object, placement: Sequence[Sequence[int]] | torch.Tensor) -> float:
-    """The load of the fullest rank, divided by the mean load of the ranks: 1.0 is balance.
-
-    Args:
-        loads: the rows of each expert, [E], or those of each rank's tokens, [P, E]: a tensor on
-            the CPU, an array or a list, of finite numbers that are not negative.
-        placement: [P, L], the experts of each rank, as `plan` takes it. The replicas of an expert
-            have equal parts of its load, since `plan` spreads the tokens evenly over them.
-
-    Returns:
-        The ratio. It is 1.0 if all loads are 0.
-
-    Raises:
-        TypeError, ValueError: the loads are not such numbers, or the placement does not fit them.
-
-    >>> imbalance([6, 2, 2, 2], [[0, 1], [2, 3]])
-    1.3333333333333333
-    >>> imbalance([6, 2, 2, 2], [[0, 1, 2], [0, 3, 2]])  # expert 0 on both
-    1.0
-    """
-    load, _ = _read(loads)
-    rows = _checked(placement, "placement", len(load))
-    if not load.any():
-        return 1.0
-    full = (load / np.bincount(rows.ravel(), minlength=len(load)))[rows].sum(1)  # [P]
-    return float(full.max() / (load.sum() / len(rows)))
 
 
 def place(
@@ -113,7 +82,7 @@ def place(
     Every sum is one of whole numbers, ties go to the lowest rank, slot and expert, and numpy computes
     in float64: equal arguments give equal placements.
     """
-    load, sources = _read(loads)
+    load, sources = read_loads(loads)
     _check_sizes(ranks, slots, len(load), links, sources)
     cost = COST * load.sum() / ranks if move_cost is None else move_cost
     steps = max(3, 200 // ranks) if steps is None else steps
@@ -122,7 +91,7 @@ def place(
     if current is None:
         rows = _search(load, deal(load, replicas(load, ranks, slots), ranks, slots), steps, 0.0, 0.0)
         return (rows if links is None or sources is None else _near(sources, rows, links, 0.0)).tolist()
-    before = _checked(current, "current", len(load))
+    before = read_placement(current, "current", len(load))
     if before.shape != (ranks, slots):
         wrong_value("current", f"of shape {list(before.shape)}", f"of shape [ranks, slots] = [{ranks}, {slots}]")
     rows = _search(load, before, steps, cost / horizon, CHANCE)
@@ -284,36 +253,6 @@ def _near(sources: Floats, rows: Ints, links: Links, cost: float) -> Ints:
         rows = rows.copy()
         rows[[p, q]], stays[[p, q]] = rows[[q, p]], stays[[q, p]]
     return rows
-
-
-def _read(loads: object) -> tuple[Floats, Floats | None]:
-    """The load of each expert, [E], and of each rank's tokens, [P, E], if given so."""
-    if isinstance(loads, torch.Tensor):
-        if loads.device.type != "cpu":
-            wrong_value("loads", f"on {loads.device}", "on the CPU")
-        loads = loads.detach().numpy()
-    try:
-        found = np.asarray(loads, dtype=np.float64)
-    except (TypeError, ValueError):
-        wrong_type("loads", type(loads).__name__, "numbers of shape [E] or [P, E]")
-    if found.ndim not in (1, 2) or found.size == 0:
-        wrong_value("loads", f"of shape {list(found.shape)}", "of shape [E] or [P, E]")
-    if not (np.isfinite(found).all() and (found >= 0).all()):
-        wrong_value("loads", f"between {found.min()} and {found.max()}", "finite and not negative")
-    return (found, None) if found.ndim == 1 else (np.array([math.fsum(column) for column in found.T.tolist()]), found)
-
-
-def _checked(placement: Sequence[Sequence[int]] | torch.Tensor, argument: str, experts: int) -> Ints:
-    if isinstance(placement, torch.Tensor) and placement.device.type != "cpu":
-        wrong_value(argument, f"on {placement.device}", "on the CPU")
-    try:
-        found = np.asarray(placement)
-    except ValueError:
-        found = np.empty(0)
-    if found.ndim != 2 or found.size == 0 or found.dtype.kind not in "iu":
-        wrong_value(argument, repr(placement)[:200], "[P, L] ints, 1 or more experts on each rank")
-    check_rows(found.tolist(), experts)
-    return found.astype(np.int64)
 
 
 def _check_sizes(ranks: int, slots: int, experts: int, links: Links | None, sources: Floats | None) -> None:
