@@ -10,6 +10,9 @@ Ranks share the cores, with each other and with whatever else the machine does. 
 disturb: the CPU time of a rank, times the ranks of a core. It is the time that a step takes if no core idles and nobody else uses the
 machine. A pipeline's bubble costs nothing then, because other ranks use the core. The lines have the wall's time, too.
 
+A virtual core changes its speed, because it shares a real one with other guests. So a yardstick is measured beside everything: a layer of
+`calibrate`. In two minutes a step took 163 to 198 ms of CPU time (medians of six), and the layer 21 to 25 ms: their ratio varies by 2 %.
+
 Memory: torch's profiler sees what is allocated and freed in a step. What a rank holds between steps, its parameters and moments, is added.
 """
 
@@ -20,6 +23,8 @@ import os
 import statistics
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,6 +35,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from benchmarks.timing import WARM, Line, command, peak
 from moecomm.planner import PRESETS, Cluster, Row, Split, assess, calibrate, read_config, search
+from moecomm.planner.cluster import Link
+from moecomm.planner.layer import Layer, trained
 from tests.planner.configs import DEEPSEEK
 from tests.spawn import run_ranks
 from tutorials.demo import auto, parallel, pipeline, train
@@ -40,22 +47,27 @@ from tutorials.demo.splits import microbatches
 RANKS = (2, 4, 8)
 SEARCHED = (64, 4096)
 SHAPE, BATCH = Shape(context=128), 16
-STEPS = 5
-CALIBRATED = 5  # so many splits after another
-RATES = ("matmul", "grouped", "attention", "copy", "stream", "launch")
+STEPS, ROUNDS = 5, 3
+CALIBRATED = 8  # so many splits after another
+RATES, TIMES = ("matmul", "grouped", "attention", "copy", "stream"), ("launch", "routed", "sliced")
+
+
+class Step(NamedTuple):
+    own: float  # seconds on the rank's own clock
+    yardstick: float  # those of the yardstick, the mean of before and after it
+    wall: float
 
 
 class Measured(NamedTuple):
     """A split's steps on one rank."""
 
-    seconds: list[float]  # of each step, on the rank's own clock
-    wall: list[float]  # of each step, on the wall's
+    steps: list[Step]
     held: int  # bytes between steps: parameters and the optimizer's state
     peak: int  # bytes beyond these in a step
 
 
 def main() -> None:
-    command("planner", measure, lambda device: {"shape": SHAPE._asdict(), "batch": BATCH, "steps": STEPS}, __doc__)
+    command("planner", measure, lambda device: {"shape": SHAPE._asdict(), "batch": BATCH, "steps": STEPS, "rounds": ROUNDS}, __doc__)
 
 
 def measure(device: str, memory: str) -> list[Line]:
@@ -66,31 +78,59 @@ def measure(device: str, memory: str) -> list[Line]:
     for ranks in RANKS:
         candidates = list(auto.candidates(options_of(ranks), SHAPE))
         of_ranks = run_ranks(here, ranks, [split for split, _ in candidates], timeout=1800)
-        cluster = middle(of_ranks[0][0])
+        layer = statistics.median(step.yardstick for _, every in of_ranks for each in every for step in each.steps)
+        cluster = middle([at_speed(each, beside / layer) for each, beside in of_ranks[0][0]])
         rows = assess(auto.model_of(SHAPE, BATCH, torch.float32), cluster, candidates)
-        measured = [together(list(each)) for each in zip(*(each for _, each in of_ranks), strict=True)]
+        measured = [together(list(each), layer) for each in zip(*(each for _, each in of_ranks), strict=True)]
         lines += [compared(ranks, row, each, cluster) for row, each in zip(rows, measured, strict=True)]
     return lines
 
 
-def here(every: list[Split]) -> tuple[list[Cluster], list[Measured]]:
-    """Calibrations, and the steps of every split between them, on this rank."""
-    clusters, measured = [], []
-    for i, split in enumerate(every):
-        if i % CALIBRATED == 0:
-            clusters.append(calibrated())
-        measured.append(steps_here(split))
-        if dist.get_rank() == 0:
-            print(f"{1e3 * statistics.median(measured[-1].seconds):7.0f} ms, {split.call('cpu')}", flush=True)
-        end_groups()
-    clusters.append(calibrated())
+def here(every: list[Split]) -> tuple[list[tuple[Cluster, float]], list[Measured]]:
+    """Calibrations with the yardstick beside them, and the steps of every split between them, on this rank, in several rounds."""
+    clusters, measured = [], [Measured([], 0, 0) for _ in every]
+    for number in range(ROUNDS):
+        for i, split in enumerate(every):
+            if i % CALIBRATED == 0:
+                clusters.append(calibrated())
+            again = steps_here(split, memory=number == 0)
+            if dist.get_rank() == 0:
+                print(f"{1e3 * statistics.median(each.own for each in again.steps):7.0f} ms, {split.call('cpu')}", flush=True)
+            measured[i] = Measured(*(one + other for one, other in zip(measured[i], again, strict=True)))
+            end_groups()
     return clusters, measured
 
 
-def calibrated() -> Cluster:
-    """On the ranks' own clock, no core idles while a rank waits: the others use it."""
+def calibrated() -> tuple[Cluster, float]:
+    """On the ranks' own clock, no core idles while a rank waits: the others use it. And the yardstick's seconds around it."""
+    yardstick = a_yardstick()
+    before = [yardstick() for _ in range(STEPS)]
     found = calibrate(None, auto.model_of(SHAPE, BATCH, torch.float32), clock=own_clock)
-    return found._replace(spare=float(dist.get_world_size()))
+    after = [yardstick() for _ in range(STEPS)]
+    return found._replace(spare=float(dist.get_world_size())), statistics.median(before + after)
+
+
+def a_yardstick() -> Callable[[], float]:
+    """Measures this rank's seconds for a layer of `calibrate`, forward and backward, while all ranks compute one."""
+    model = auto.model_of(SHAPE, BATCH, torch.float32)
+    layer = Layer(model, SHAPE.experts, "cpu", torch.float32)
+    run = trained(partial(layer, torch.randn(BATCH // 4, SHAPE.context, SHAPE.dim, requires_grad=True)))
+
+    def seconds() -> float:
+        dist.barrier()
+        start = own_clock()
+        run()
+        return own_clock() - start
+
+    seconds()
+    return seconds
+
+
+def at_speed(cluster: Cluster, slower: float) -> Cluster:
+    """The numbers of a machine that was ``slower`` times as slow as it is at its median speed."""
+    numbers = {name: getattr(cluster, name) * slower for name in RATES} | {name: getattr(cluster, name) / slower for name in TIMES}
+    link = Link(cluster.inside.latency / slower, cluster.inside.overhead / slower, cluster.inside.speed * slower)
+    return cluster._replace(**numbers, inside=link)
 
 
 def own_clock() -> float:
@@ -123,13 +163,13 @@ def options_of(ranks: int, split: Split | None = None) -> Namespace:
 
 def middle(clusters: list[Cluster]) -> Cluster:
     """Of each number of the calibrations the median; the link as a whole."""
-    rates = {name: statistics.median(getattr(each, name) for each in clusters) for name in RATES}
+    numbers = {name: statistics.median(getattr(each, name) for each in clusters) for name in (*RATES, *TIMES, "gathers", "scatters")}
     links = sorted((each.inside for each in clusters), key=lambda link: link.latency + link.overhead + 1e5 / link.speed)
-    return clusters[0]._replace(**rates, inside=links[len(links) // 2])
+    return clusters[0]._replace(**numbers, inside=links[len(links) // 2])
 
 
-def steps_here(split: Split) -> Measured:
-    """Train some steps on this rank."""
+def steps_here(split: Split, memory: bool = True) -> Measured:
+    """Train some steps on this rank; one more with an eye on ``memory``."""
     options = options_of(dist.get_world_size(), split)
     mesh, parts = parallel.meshes(options), microbatches(options.pp)
     model = parallel.build(SHAPE, mesh, options)
@@ -142,27 +182,32 @@ def steps_here(split: Split) -> Measured:
         train.train_step(model, schedule, optimizer, *inputs, 1e-4, mesh, options)
 
     step()
-    seconds, wall = [], []
+    yardstick = a_yardstick()
+    steps, before = [], yardstick()
     for _ in range(STEPS):
         dist.barrier()
         start, began = time.perf_counter(), own_clock()
         step()
-        seconds.append(own_clock() - began)
-        wall.append(time.perf_counter() - start)
+        own, wall, after = own_clock() - began, time.perf_counter() - start, yardstick()
+        steps.append(Step(own, (before + after) / 2, wall))
+        before = after
+    if not memory:
+        return Measured(steps, 0, 0)
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = sum(local(each).untyped_storage().nbytes() for each in (*model.parameters(), *states))
     beyond = peak(step, "cpu", 3)
-    return Measured(seconds, wall, held, beyond)
+    return Measured(steps, held, beyond)
 
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def together(ranks: list[Measured]) -> tuple[float, float, int]:
-    """Of the median step, the ranks' mean seconds on their own clocks; its wall seconds; bytes of the rank that needed most."""
-    own = statistics.median(statistics.mean(step) for step in zip(*(each.seconds for each in ranks), strict=True))
-    wall = statistics.median(max(step) for step in zip(*(each.wall for each in ranks), strict=True))
+def together(ranks: list[Measured], layer: float) -> tuple[float, float, int]:
+    """Of the median step: the ranks' mean seconds where the yardstick takes ``layer``; its wall seconds; bytes of the rank with most."""
+    steps = list(zip(*(each.steps for each in ranks), strict=True))  # [steps][ranks]
+    own = layer * statistics.median(statistics.mean(step.own / step.yardstick for step in every) for every in steps)
+    wall = statistics.median(max(step.wall for step in every) for every in steps)
     return own, wall, max(each.held + each.peak for each in ranks)
 
 

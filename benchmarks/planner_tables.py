@@ -19,8 +19,9 @@ def planner(results: Line) -> str:
     ran_on = (
         f"The demo's model: {shape['layers']} layers, D = {shape['dim']}, H = {shape['hidden']}, E = {shape['experts']}, "
         f"K = {shape['top_k']}, {about['batch']} sequences of {shape['context']} tokens a step; float32, eager. Measured: the median of "
-        f"{about['steps']} steps, by the CPU time of the ranks, times the ranks of a core. A step takes that if no core idles and nobody "
-        f"else uses the machine. On the wall's clock, with what else ran, steps took {slower(lines):.1f} times as long (median)."
+        f"{about['rounds']} times {about['steps']} steps, by the CPU time of the ranks, times the ranks of a core, at the machine's median "
+        "speed. A step takes that if no core idles and nobody else uses the machine. On the wall's clock, with what else ran, steps took "
+        f"{slower(lines):.1f} times as long (median)."
     )
     header = [
         "splits of",
@@ -107,10 +108,11 @@ def calibrations(lines: list[Line]) -> str:
         link = cluster["inside"]
         rates = [f"{cluster[name] / 1e9:.1f}" for name in ("matmul", "grouped", "attention", "copy", "stream")]
         of_link = f"{1e6 * link['latency']:.0f} us, {1e6 * link['overhead']:.0f} us, {link['speed'] / 1e9:.2f} GB/s"
-        rows.append([str(count), *rates, f"{1e3 * cluster['launch']:.1f}", of_link, f"{cluster['spare']:.2f}"])
+        host = ", ".join(f"{1e3 * cluster[name]:.1f}" for name in ("launch", "routed", "sliced"))
+        rows.append([str(count), *rates, host, of_link, f"{cluster['gathers']:.1f}, {cluster['scatters']:.1f}"])
     header = [
-        "ranks", "matmul, GFLOP/s", "grouped", "attention", "layer's rest, GB/s", "sums, GB/s", "host, ms a layer",
-        "link: latency, message, speed", "speed alone",
+        "ranks", "matmul, GFLOP/s", "grouped", "attention", "layer's rest, GB/s", "sums, GB/s", "host, ms: a layer, its routing, slices",
+        "link: latency, message, speed", "a gather, a reduce-scatter / an exchange",
     ]  # fmt: skip
     return table(header, rows)
 

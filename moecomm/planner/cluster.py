@@ -36,7 +36,11 @@ class Cluster(NamedTuple):
     copy: float  # bytes/s that a rank reads and writes in a layer's work that is no matmul
     stream: float  # bytes/s that it reads and writes in long sums, as of gradients
     launch: float = 0.0  # seconds that the host of a rank takes for a layer, forward and backward, beside the work on its numbers
+    routed: float = 0.0  # as many more where the layer's tokens travel, beside what the exchanges take
+    sliced: float = 0.0  # and for a gather of slices with its mirror
     sync: float = 0.0  # seconds that a rank loses where its host waits for sizes: once a layer and microbatch, not in static mode
+    gathers: float = 1.0  # the time of an all-gather to that of an all-to-all of as many bytes: above 1 for gloo
+    scatters: float = 1.0  # the same of a reduce-scatter, the backend's own
     spare: float = 1.0  # how many times as fast a rank computes while all others wait: above 1 where ranks share cores
     sources: tuple[str, ...] = ()
 
@@ -65,7 +69,17 @@ def exchange(cluster: Cluster, size: Any, bytes_to_each: Any, stride: Any = 1) -
 
 
 def gather(cluster: Cluster, size: Any, bytes_of_each: Any, stride: Any = 1) -> Any:
-    """Seconds of an all-gather, or of its mirror, a reduce-scatter. A node needs another node's bytes once, over all its links."""
+    """Seconds of an all-gather."""
+    return cluster.gathers * _whole(cluster, size, bytes_of_each, stride)
+
+
+def scatter(cluster: Cluster, size: Any, bytes_of_each: Any, stride: Any = 1) -> Any:
+    """Seconds of its mirror, a reduce-scatter."""
+    return cluster.scatters * _whole(cluster, size, bytes_of_each, stride)
+
+
+def _whole(cluster: Cluster, size: Any, bytes_of_each: Any, stride: Any) -> Any:
+    """Seconds until each rank has every rank's bytes. A node needs another node's bytes once, over all its links."""
     here = _shared(cluster, size, stride)
     nodes = size / here
     inside = cluster.inside.latency + (here - 1) * cluster.inside.overhead + (size - nodes) * bytes_of_each / cluster.inside.speed

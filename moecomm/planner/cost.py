@@ -15,19 +15,21 @@ import numpy as np
 
 from moecomm.ops.base.signature import LENGTH
 from moecomm.ops.routing.slots_with_counts import most_pairs
-from moecomm.planner.cluster import Cluster, exchange, gather
+from moecomm.planner.cluster import Cluster, exchange, gather, scatter
 from moecomm.planner.model import Model, attention_matrices, parameters, value_head
 from moecomm.planner.routing import Fullest
 from moecomm.planner.splits import Split
 
 HEADER = LENGTH * 8  # bytes of moecomm's counts and signature, to each rank, with room for few slots
-WEIGHT, ID = 4, 1  # bytes: a weight, an id among the experts of a rank
+WEIGHT, ID, WIDE_ID = 4, 1, 8  # bytes: a weight, an id among the experts of a rank, one as a router gives it
 BLOCK = 128  # values of a row that share a scale in 8 bits
 # Numbers read and written beside the matmuls, forward and backward together: as many times D for a token of a layer ...
 DENSE_PASSES = 30  # two norms (10), rotations (8), two residual sums (6), the head's transpose (2), gradients that meet (4)
 # ... and for a row of an expert, times D and times H.
 ROW_PASSES, HIDDEN_PASSES = 8, 15  # gather, weighted sum and both backwards; SwiGLU (5) and its backward (10)
-SHARDED = 1.5  # launches of a layer that its sharded parameters cost the host in a step: hooks, clipping, optimizer (the demo's, measured)
+# What sharded parameters cost the host, in launches of a layer, measured with the demo: hooks around a layer in every microbatch ...
+HOOKS = 1.25
+SHARDED = 0.45  # ... and clipping and the optimizer once a step
 UPDATE_PASSES = 10  # of a parameter: its gradient's norm and clipping (3), parameter, gradient, moments in (4) and out (3)
 LOSS_PASSES = 8  # of a logit: to float32, log-softmax, its backward
 
@@ -124,18 +126,25 @@ def exchanges(model: Model, cluster: Cluster, split: Split, way: Way, full: Full
     """Seconds of a microbatch's exchanges of tokens, forward and backward."""
     t = tokens(model, split, way)
     row, again = model.dim * model.itemsize, way.recompute == FULL
-    of_layer = np.where(split.tp > 1, (4 + 2 * again) * gather(cluster, split.tp, t * row), 0.0)
+    of_layer = np.where(split.tp > 1, (2 + again) * there_and_back(cluster, split.tp, t * row), 0.0)
     keys = model.kv_heads * (model.head + value_head(model)) * model.itemsize
     if model.kv_rank:
         keys = (model.kv_rank + model.rope_head) * model.itemsize
-    of_keys = gather(cluster, split.cp, t * split.tp * np.maximum(keys / split.tp, keys / model.kv_heads), split.tp)
-    of_layer = of_layer + np.where(split.cp > 1, (2 + again) * of_keys, 0.0)
-    few = gather(cluster, split.etp, t * model.k * 8)  # ids and weights
-    of_experts = np.where(split.etp > 1, 4 * gather(cluster, split.etp, t * row) + 3 * few, 0.0)
+    of_keys = t * split.tp * np.maximum(keys / split.tp, keys / model.kv_heads)  # bytes
+    gathered = there_and_back(cluster, split.cp, of_keys, split.tp) + again * gather(cluster, split.cp, of_keys, split.tp)
+    of_layer = of_layer + np.where(split.cp > 1, gathered, 0.0)
+    of_slots = gather(cluster, split.etp, t * model.k * WIDE_ID) + there_and_back(cluster, split.etp, t * model.k * WEIGHT)
+    of_experts = np.where(split.etp > 1, 2 * there_and_back(cluster, split.etp, t * row) + of_slots, 0.0)
     of_experts = of_experts + np.where(split.ep > 1, routed(model, cluster, split, way, full), 0.0)
     of_experts = of_experts + exchange(cluster, split.stage(), model.experts * 8)  # the balance loss
     between = np.where(split.pp > 1, 2 * exchange(cluster, 2, t * row, split.stage()), 0.0)
     return layers(model, split) * of_layer + sparse(model, split) * of_experts + between
+
+
+def there_and_back(cluster: Cluster, size: Any, bytes_of_each: Any, stride: Any = 1) -> Any:
+    """Seconds of a gather of slices, and of its mirror: an exchange, after which each rank adds up what it has received."""
+    sums = (size + 1) * bytes_of_each / cluster.copy
+    return gather(cluster, size, bytes_of_each, stride) + exchange(cluster, size, bytes_of_each, stride) + sums + cluster.sliced
 
 
 def sent_there(cluster: Cluster, ep: Any, to_each: Any, k: int, row: Any, stride: Any = 1) -> Any:
@@ -188,8 +197,9 @@ def syncs(model: Model, cluster: Cluster, split: Split) -> Any:
     parts, own = shards(model, split), layers(model, split)
     seconds: Any = 0.0
     for size, group, stride in ((parts.dense, split.stage(), 1), (parts.experts, split.edp, split.ep * split.etp)):
-        for itemsize in (model.itemsize, model.stored):
-            seconds = seconds + (own + 1) * gather(cluster, group, size / (own + 1) / group * itemsize, stride)
+        piece = size / (own + 1) / group
+        seconds = seconds + (own + 1) * gather(cluster, group, piece * model.itemsize, stride)
+        seconds = seconds + (own + 1) * scatter(cluster, group, piece * model.stored, stride)
     return seconds
 
 
@@ -203,9 +213,10 @@ def update(model: Model, cluster: Cluster, split: Split, way: Way) -> Any:
 
 def host(model: Model, cluster: Cluster, split: Split, way: Way) -> Any:
     """Seconds of a step that the host of a rank takes: to launch every layer of every microbatch, and to wait for sizes."""
-    waits = sparse(model, split) * np.where(way.static, 0.0, cluster.sync)
+    of_experts = np.where(way.static, 0.0, cluster.sync) + np.where(split.ep > 1, cluster.routed, 0.0)
     own = layers(model, split)
-    return way.microbatches * (own * cluster.launch + waits) + (own + 1) * SHARDED * cluster.launch
+    of_layers = own * (1 + HOOKS) * cluster.launch + sparse(model, split) * of_experts
+    return way.microbatches * of_layers + (own + 1) * SHARDED * cluster.launch
 
 
 def predict(model: Model, cluster: Cluster, split: Split, way: Way, full: Fullest) -> Times:

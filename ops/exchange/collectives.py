@@ -34,6 +34,11 @@ def all_gathered(pending: Tensor, chunk: Tensor, ranks: int) -> Tensor:
     return wait(pending).view(chunk.dtype).view(ranks * chunk.shape[0], *chunk.shape[1:])
 
 
+def start_reduce_scatter(whole: Tensor, ranks: int, group: str) -> Tensor:
+    """Start to add up ``whole`` [ranks * chunk, ...] over the ranks, in the backend's own order; a rank gets its chunk, as from FSDP2."""
+    return funcol.reduce_scatter_tensor(whole, "sum", ranks, group)
+
+
 def all_reduced(counts: Tensor, group: str) -> Tensor:
     """The sum of integers over the ranks. It is exact, so it does not depend on their order."""
     return wait(funcol.all_reduce(counts, "sum", group))

@@ -234,13 +234,20 @@ def test_a_split_is_measured_beside_what_the_planner_predicts_of_it() -> None:
     shape = planner.SHAPE._replace(dim=32, hidden=32, context=32)
     model = auto.model_of(shape, planner.BATCH, torch.float32)
     assert all(each.held == pytest.approx(parameters(model).total(model) / 2 * 12, rel=1e-3) for each in measured)  # and Adam's steps
-    seconds, wall, size = planner.together(measured)
-    of_steps = sorted(sum(step) / 2 for step in zip(*(each.seconds for each in measured), strict=True))
-    assert seconds == pytest.approx(sum(of_steps) / 2)  # the median of two
+    seconds, wall, size = planner.together(measured, layer=2.0)
+    ranks = [[step.own / step.yardstick for step in each.steps] for each in measured]
+    assert seconds == pytest.approx(2.0 * sum(map(sum, ranks)) / 4)  # the median of two
     assert wall > 0
     [row] = assess(model, PRESETS["h100"], [(split, Way(1, False, False, 0))])
     assert planner.compared(2, row, (seconds, wall, size), PRESETS["h100"])["bytes"] == [row.memory.total(), size]
     assert row.memory.total() == pytest.approx(size, rel=0.15)
+
+
+def test_numbers_of_a_slow_while_are_those_of_the_usual_machine() -> None:
+    cluster = PRESETS["h100"]._replace(launch=6.0, gathers=2.0)
+    usual = planner.at_speed(cluster, slower=1.5)
+    assert (usual.matmul, usual.launch, usual.inside.speed) == (1.5 * cluster.matmul, 4.0, 1.5 * cluster.inside.speed)
+    assert (usual.gathers, usual.between) == (2.0, cluster.between)  # a ratio stays, and so does a link that was not measured
 
 
 def test_errors_are_relative_to_what_was_measured() -> None:

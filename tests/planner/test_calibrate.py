@@ -31,6 +31,10 @@ def test_two_ranks_measure_the_same_and_the_demo_takes_the_split_that_is_predict
     assert 0 < found.inside.latency + found.inside.overhead < 1
     assert found.inside.speed > 1e6
     assert 0 < found.launch < 10
+    assert 0 <= found.routed < 10
+    assert 0 <= found.sliced < 10
+    assert 0.1 < found.gathers < 100
+    assert 0.1 < found.scatters < 100
     assert 1 <= found.spare < 100
     assert 2**20 < found.memory < 2**50
     assert len(rows) == 7  # one stage with 2 tp sizes and 3 splits of the experts, and two stages

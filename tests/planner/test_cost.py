@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moecomm.planner import Cluster, Link, Model, Split, Way
-from moecomm.planner.cluster import exchange, fit_link, gather
-from moecomm.planner.cost import FULL, HEADER, LEAN, NONE, predict, shards
+from moecomm.planner.cluster import exchange, fit_link, gather, scatter
+from moecomm.planner.cost import FULL, HEADER, HOOKS, LEAN, NONE, SHARDED, predict, shards
 from moecomm.planner.routing import Fullest, check_loads, fullest, hit
 
 FREE = Link(0.0, 0.0, inf)
@@ -86,7 +86,9 @@ def test_static_mode_has_room_for_more_pairs_and_waits_for_no_sizes() -> None:
     assert times(split, static, Fullest(1.0, 0.9), inside=slow) == pytest.approx(times(split, inside=slow))  # at most every token
     assert times(split, PLAIN._replace(microbatches=2), sync=1.0)["host"] == 2 * 4
     assert times(split, static, sync=1.0)["host"] == 0
-    assert times(split, PLAIN._replace(microbatches=2), launch=1.0)["host"] == 2 * 4 + 5 * 1.5
+    assert times(split, PLAIN._replace(microbatches=2), launch=1.0)["host"] == 2 * 4 * (1 + HOOKS) + 5 * SHARDED
+    assert times(split, PLAIN._replace(microbatches=2), routed=1.0)["host"] == 2 * 4
+    assert times(ALONE, routed=1.0)["host"] == 0  # nothing travels
 
 
 def test_the_exchanges_over_tp_cp_and_etp_carry_a_ranks_tokens() -> None:
@@ -97,7 +99,8 @@ def test_the_exchanges_over_tp_cp_and_etp_carry_a_ranks_tokens() -> None:
     over_cp = times(Split(1, 2, 4, 1, 8, 1, 1), inside=slow, node=8)["exchanges"] - balance
     assert over_cp == pytest.approx(4 * 2 * 3 * TOKENS / 8 * 2 * row)  # keys and values there, their gradients home
     over_etp = times(Split(1, 8, 1, 1, 2, 1, 4), inside=slow, node=8)["exchanges"] - balance
-    assert over_etp == pytest.approx(4 * 3 * TOKENS / 8 * (4 * row + 3 * 2 * 8))
+    assert over_etp == pytest.approx(4 * 3 * TOKENS / 8 * (4 * row + 2 * (8 + 2 * 4)))  # ids one way, weights there and back
+    assert times(Split(1, 2, 1, 4, 8, 1, 1), copy=1.0, sliced=1.0)["exchanges"] == pytest.approx(4 * 2 * (1 + 5 * TOKENS / 8 * row))
     over_pp = times(Split(2, 4, 1, 1, 4, 1, 1), PLAIN._replace(microbatches=4), inside=slow, node=8)["exchanges"]
     assert over_pp == pytest.approx(2 * TOKENS / 4 * row + 4 * 2 * 3 * 64)  # and the balance loss of 2 layers, 4 times
 
@@ -127,6 +130,9 @@ def test_an_exchange_in_a_node_and_between_nodes_takes_the_slower_link() -> None
     assert gather(cluster, 8, 100) == 2 + 1 + 4 / 4 * 100  # a node's four links bring four ranks' bytes
     assert gather(cluster, 4, 100) == 1 + 3 * 0.5 + 3 * 10
     assert gather(cluster, 1, 100) == exchange(cluster, 1, 100) == 0
+    slower = cluster._replace(gathers=1.5, scatters=2.5)
+    assert gather(slower, 4, 100) == 1.5 * gather(cluster, 4, 100)
+    assert scatter(slower, 4, 100) == 2.5 * gather(cluster, 4, 100)
     assert exchange(cluster, np.array([1, 4, 8]), 100).tolist() == [0, 32.5, 406]
 
 
