@@ -16,6 +16,7 @@ from moecomm.planner import place
 
 Counts = NDArray[np.int64]  # [P, E]
 Rows = list[list[int]]
+NODE = 8  # ranks
 
 
 class Way(NamedTuple):
@@ -54,6 +55,30 @@ def eplb(counts: Counts, before: Rows) -> Rows:
         rows[rank].append(expert)
         full[rank] += loads[expert] / copies[expert]
     return rows  # it does not ask where the experts were
+
+
+def laer(counts: Counts, before: Rows) -> Rows:
+    """Replicas as EPLB's, but one for each node at a time, once every node has one. Each goes to a node with fewest of its expert."""
+    loads, slots, ranks = counts.sum(0).astype(float), len(before[0]), len(before)
+    nodes, room = max(1, ranks // NODE), ranks * slots
+    copies = np.full(len(loads), nodes if nodes * len(loads) <= room else 1)
+    growing = set(range(len(loads)))
+    while copies.sum() < room:
+        expert = max(growing, key=lambda e: (loads[e] / copies[e], -e))
+        more = nodes if copies[expert] >= nodes else 1
+        if copies.sum() + more <= room:
+            copies[expert] += more
+        else:
+            growing.remove(expert)
+    rows: Rows = [[] for _ in before]
+    full = [0.0] * ranks
+    for expert in np.argsort(-loads / copies, kind="stable").tolist():
+        for _ in range(copies[expert]):
+            there = [sum(expert in row for row in rows[n * NODE : (n + 1) * NODE]) for n in range(nodes)]
+            rank = min((r for r in range(ranks) if len(rows[r]) < slots), key=lambda r: (there[min(r // NODE, nodes - 1)], full[r], r))
+            rows[rank].append(expert)
+            full[rank] += loads[expert] / copies[expert]
+    return rows  # nor does it: it gathers the experts' weights anew in every step
 
 
 def ours(counts: Counts, before: Rows) -> Rows:
@@ -101,14 +126,17 @@ def shadowed(counts: Counts, rows: Rows, chosen: list[int]) -> NDArray[np.int64]
     return sent[np.array(rows)].sum(1) + counts[:, chosen].sum(1)
 
 
+LAER = "LAER-MoE (arXiv:2602.11686), the greedy re-layout of its csrc/greedy_balancer.cpp, 8 ranks a node"
 SMARTMOE = "SmartMoE (ATC'23), the greedy of its online part"
 EPLB = "EPLB (github.com/deepseek-ai/EPLB), its global policy"
 WAYS = {
     "nothing": Way(2, "experts in order", in_order),
     "SmartMoE": Way(2, SMARTMOE, smartmoe),
     "EPLB, 3 slots": Way(3, EPLB, eplb),
+    "LAER-MoE, 3 slots": Way(3, LAER, laer),
     "moecomm, 3 slots": Way(3, "moecomm.planner.place", ours),
     "EPLB, 4 slots": Way(4, EPLB, eplb),
+    "LAER-MoE, 4 slots": Way(4, LAER, laer),
     "moecomm, 4 slots": Way(4, "moecomm.planner.place", ours),
 }
 SHADOWING = "FasterMoE", "FasterMoE (PPoPP'22), dynamic shadowing"

@@ -3,8 +3,8 @@
     python -m benchmarks.placement --trace gate_trace.npz
 
 The trace is the gate of a real training: counts [snapshots, layers, P, E], one every 10 iterations. Each way of `benchmarks/balancers.py`
-chooses from one snapshot and is measured at the next. Without ``--trace`` it is a generated one of like skew and drift. Then a layer on 4
-gloo ranks is timed, with Zipf loads that drift, with and without moves.
+chooses from one snapshot and is measured at the next. Without ``--trace`` it is a generated one of like skew and drift. Then a layer on 2
+and 4 gloo ranks is timed, with Zipf loads that drift, with and without moves. On 2 cores, 4 ranks wait for a core and not for the fullest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXPERT_BYTES = WEIGHTS * 14  # bfloat16 weights; float32 masters and both moment
 EVERY = 10  # iterations between snapshots
 SHADOW_SECONDS = WEIGHTS * 2 * 2 / LINK  # the weights there and the gradients back, in bfloat16, in each step
 
-RANKS, EXPERTS, SLOTS, TOKENS, STEPS, PLACED = 4, 16, 6, 2048, 30, 5
+RANKS, EXPERTS, REPLICAS, TOKENS, STEPS, PLACED = (2, 4), 16, 2, 2048, 30, 5  # replicas: of a rank, beyond an equal part of the experts
 
 
 def generated(snapshots: int = 60, layers: int = 2, ranks: int = 16, experts: int = 32, seed: int = 0) -> NDArray[np.int64]:
@@ -114,7 +114,8 @@ def drawn(step: int, rank: int) -> Tensor:
 def steps_here(moving: bool) -> list[tuple[float, float, float]]:
     """Of each step: seconds, this rank's CPU seconds, and the imbalance. Placing and moving belong to the step before."""
     rank, ranks, dim, hidden = dist.get_rank(), dist.get_world_size(), 128, 256
-    rows = [[(p * EXPERTS // ranks + slot) % EXPERTS for slot in range(SLOTS)] for p in range(ranks)]
+    slots = EXPERTS // ranks + REPLICAS
+    rows = [[(p * EXPERTS // ranks + slot) % EXPERTS for slot in range(slots)] for p in range(ranks)]
     torch.manual_seed(0)
     whole = torch.randn(EXPERTS, dim, hidden) / 16, torch.randn(EXPERTS, hidden, dim) / 16
     experts = [each[rows[rank]].clone().requires_grad_() for each in whole]
@@ -136,24 +137,25 @@ def steps_here(moving: bool) -> list[tuple[float, float, float]]:
         loads = loads / 2 + counts
         ratio = imbalance(counts, rows)
         if moving and step % PLACED == PLACED - 1:
-            new = place(loads, ranks, SLOTS, current=rows)
+            new = place(loads, ranks, slots, current=rows)
             move_experts_(experts, optimizer, rows, new)
             rows = new
         measured.append((time.perf_counter() - start, time.process_time() - busy, ratio))
     return measured
 
 
-def timed(repeats: int = 2) -> list[Line]:
+def timed(ranks: int, repeats: int = 3) -> list[Line]:
     """A line each, with and without moves: medians over repeats of a whole run's means, of the slowest rank in each step."""
     found: dict[bool, list[NDArray[np.float64]]] = {False: [], True: []}
     for _ in range(repeats):
         for moving in found:
-            found[moving].append(np.array(run_ranks(steps_here, RANKS, moving, timeout=200)).max(0).mean(0))  # [ranks, steps, 3] -> [3]
+            found[moving].append(np.array(run_ranks(steps_here, ranks, moving, timeout=200)).max(0).mean(0))  # [ranks, steps, 3] -> [3]
     lines = []
     for moving, runs in found.items():
         seconds, busy, ratio = np.median(np.array(runs), 0).tolist()
-        name = "moved every 5 steps" if moving else "never moved"
-        lines.append({"what": "4 ranks", "case": name, "milliseconds": 1e3 * seconds, "CPU milliseconds": 1e3 * busy, "mean": ratio})
+        name = f"moved every {PLACED} steps" if moving else "never moved"
+        base = {"what": "a layer", "ranks": ranks, "case": name}
+        lines.append(base | {"milliseconds": 1e3 * seconds, "CPU milliseconds": 1e3 * busy, "mean": ratio})
         print(lines[-1], flush=True)
     return lines
 
@@ -164,7 +166,7 @@ def main() -> None:
     trace = parser.parse_args().trace
     load, start = os.getloadavg()[0], time.monotonic()
     counts = generated() if trace is None else np.load(trace)["counts"].astype(np.int64)
-    lines = timed() + replayed(counts)
+    lines = [line for ranks in RANKS for line in timed(ranks)] + replayed(counts)
     about = made_on("cpu") | {"on": "cpu", "load before": load, "seconds": time.monotonic() - start}
     about |= {"trace": "generated" if trace is None else trace.name, "shape": list(counts.shape), "even milliseconds": even(counts)}
     (RESULTS / "placement_cpu.json").write_text(json.dumps({"about": about, "lines": lines}, indent=1) + "\n")

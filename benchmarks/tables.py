@@ -162,9 +162,9 @@ def placement(results: Line) -> str:
         f"Trace: {about['trace']}, {about['shape']}. Ranks that are equally full would take {about['even milliseconds']:.2f} ms a step."
     )
     timed = [
-        [line["case"], f"{line['mean']:.2f}", f"{line['milliseconds']:.0f}", f"{line['CPU milliseconds']:.0f}"]
-        for line in found(lines, what="4 ranks")
+        [str(line["ranks"]), line["case"], f"{line['mean']:.2f}", f"{line['milliseconds']:.0f}", f"{line['CPU milliseconds']:.0f}"]
+        for line in found(lines, what="a layer")
     ]
-    real = "A layer on 4 gloo ranks, Zipf loads that drift; a step takes as long as its slowest rank:"
-    timed_header = ["experts", "max / mean load", "ms a step", "CPU ms of the busiest rank"]
+    real = "A layer on 2 and on 4 gloo ranks, Zipf loads that drift; a step takes as long as its slowest rank, or as the cores take:"
+    timed_header = ["ranks", "experts", "max / mean load", "ms a step", "CPU ms of the busiest rank"]
     return "\n\n".join([ran(about), replay, table(header, rows), real, table(timed_header, timed)])
