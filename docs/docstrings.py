@@ -1,0 +1,131 @@
+"""An extension of griffe, which reads the docstrings for the reference: it turns their layout into Markdown.
+
+Sections get a bold title, entries of Args and Raises become lists, examples and tables those of Markdown, and the name of a public
+function in backticks a link to it. The comment behind an attribute of a public class is its documentation.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import griffe
+
+ROOT = Path(__file__).parents[1]
+SECTION = re.compile(r"^(Args|Returns|Raises|Example)\b([^:]*)::?$")
+ENTRY = re.compile(r"^(\*{0,2}\w+(?:, [\w ]+)*):(?: (.*))?$")
+LEAD = re.compile(r"^([A-Z]\w*(?: \w+){0,3}(?: \([^)]*\))?:)(?= |$)")
+NAME = re.compile(r"(?<![`\w])`(\w+)`(?!`)")
+
+
+class Markdown(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = markdown(obj.docstring.value)
+        elif obj.is_attribute and obj.parent is not None and obj.parent.is_class and (comment := re.search(r"  # (.*)$", obj.source)):
+            obj.docstring = griffe.Docstring(markdown(comment[1][0].upper() + comment[1][1:]), parent=obj)
+
+
+def markdown(text: str) -> str:
+    out: list[str] = []
+    lines = text.splitlines()
+    while lines:
+        if not lines[0]:
+            end = 1
+            out.append("")
+        elif (title := SECTION.match(lines[0])) and len(lines) > 1 and lines[1].startswith("    "):
+            end = next((i for i, line in enumerate(lines[1:], 1) if line and line[0] != " "), len(lines))
+            body = dedent("\n".join(lines[1:end])).strip().splitlines()
+            out += ["", f"**{title[1]}{title[2]}**", "", *(examples(body) if title[1] == "Example" else entries(body)), ""]
+        elif lines[0].startswith("==="):
+            end = [i for i, line in enumerate(lines) if line.startswith("===")][2] + 1
+            out += ["", *table(lines[:end]), ""]
+        else:
+            end = next((i for i, line in enumerate(lines[1:], 1) if not line or SECTION.match(line)), len(lines))
+            paragraph = lines[:end]
+            if paragraph[0].startswith(">>>"):
+                out += examples(paragraph)
+            else:
+                out += spaced([LEAD.sub(r"**\1**", paragraph[0]), *paragraph[1:]])
+        del lines[:end]
+    return linked("\n".join(out))
+
+
+def entries(body: list[str]) -> list[str]:
+    """``name: text`` and what is indented below it, as items of a list; other text as it is."""
+    out: list[str] = []
+    for line in body:
+        if entry := ENTRY.match(line):
+            names = ", ".join(f"`{name}`" if name.startswith("*") or name.isidentifier() else name for name in entry[1].split(", "))
+            out.append(f"- {names}: {entry[2] or ''}")
+        elif line and line[0] != " " and out and out[-1].startswith(("- ", "    ")):
+            out += ["", line]
+        else:
+            out.append(line)
+    return spaced(out)
+
+
+def spaced(lines: list[str]) -> list[str]:
+    """Blank lines around the lists in a text, which Markdown needs and docstrings lack."""
+    out: list[str] = []
+    inside: int | None = None  # the indentation of the list that the line before belongs to
+    for line in lines:
+        indentation = len(line) - len(line.lstrip())
+        item = line.lstrip().startswith("- ")
+        if (item and (inside is None or indentation > inside)) or (not item and inside is not None and line and indentation <= inside):
+            out.append("")
+        if line:
+            inside = indentation if item else inside if inside is not None and indentation > inside else None
+        out.append(line)
+    return out
+
+
+def examples(body: list[str]) -> list[str]:
+    """Sessions at the prompt in fences; a body without any is one piece of code, and text between sessions is text."""
+    if not any(line.startswith(">>>") for line in body):
+        return ["```python", *body, "```"]
+    out: list[str] = []
+    for block in "\n".join(body).split("\n\n"):
+        out += ["", "```pycon", *block.splitlines(), "```", ""] if block.startswith(">>>") else ["", block, ""]
+    return out
+
+
+def table(lines: list[str]) -> list[str]:
+    """A simple table of reStructuredText; a row whose first column is empty continues the row above."""
+    starts = [found.start() for found in re.finditer(r"=+", lines[0])]
+    rows: list[list[str]] = []
+    for line in lines[1:]:
+        if line.startswith("==="):
+            continue
+        cells = [line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)]
+    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(starts), *rows[1:])]
+
+
+def public() -> dict[str, str]:
+    """Each public name, and its identifier in the reference."""
+    names = {name: "moecomm.errors." + name for name in ("MoECommError", "ExpertIdError")}
+    for module, file in (("planner", "planner/__init__.py"), ("mesh", "mesh.py"), ("functional", "functional.py")):
+        for node in ast.parse((ROOT / "moecomm" / file).read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                names |= {name: f"moecomm.{module}.{name}" for name in ast.literal_eval(node.value)}
+    return names
+
+
+PUBLIC = public()
+
+
+def linked(text: str) -> str:
+    """Names of public functions in single backticks as links. Code in fences stays."""
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(part if part.startswith("```") else NAME.sub(_link, part) for part in parts)
+
+
+def _link(found: re.Match[str]) -> str:
+    return f"[`{found[1]}`][{PUBLIC[found[1]]}]" if found[1] in PUBLIC else found[0]
