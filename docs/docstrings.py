@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent, indent
 from typing import Any
 
 import griffe
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SECTION = re.compile(r"^(Args|Returns|Raises|Example)\b([^:]*)::?$")
 ENTRY = re.compile(r"^(\*{0,2}\w+(?:, [\w ]+)*):(?: (.*))?$")
 LEAD = re.compile(r"^([A-Z]\w*(?: \w+){0,3}(?: \([^)]*\))?:)(?= |$)")
+TABLE = re.compile(r"^( *)==+ +==.*\n(?: *\S.*\n)+? *==+ +==.*(?:\n(?: *\S.*\n)+? *==+ +==.*)?$", re.MULTILINE)
 NAME = re.compile(r"(?<![`\w])`(\w+)`(?!`)")
 
 
@@ -31,18 +32,15 @@ class Markdown(griffe.Extension):
 
 def markdown(text: str) -> str:
     out: list[str] = []
-    lines = text.splitlines()
+    lines = TABLE.sub(table, text).splitlines()
     while lines:
         if not lines[0]:
             end = 1
             out.append("")
-        elif (title := SECTION.match(lines[0])) and len(lines) > 1 and lines[1].startswith("    "):
+        elif (title := SECTION.match(lines[0])) and next(filter(None, lines[1:]), "").startswith("    "):
             end = next((i for i, line in enumerate(lines[1:], 1) if line and line[0] != " "), len(lines))
             body = dedent("\n".join(lines[1:end])).strip().splitlines()
             out += ["", f"**{title[1]}{title[2]}**", "", *(examples(body) if title[1] == "Example" else entries(body)), ""]
-        elif lines[0].startswith("==="):
-            end = [i for i, line in enumerate(lines) if line.startswith("===")][2] + 1
-            out += ["", *table(lines[:end]), ""]
         else:
             end = next((i for i, line in enumerate(lines[1:], 1) if not line or SECTION.match(line)), len(lines))
             paragraph = lines[:end]
@@ -93,19 +91,20 @@ def examples(body: list[str]) -> list[str]:
     return out
 
 
-def table(lines: list[str]) -> list[str]:
-    """A simple table of reStructuredText; a row whose first column is empty continues the row above."""
-    starts = [found.start() for found in re.finditer(r"=+", lines[0])]
-    rows: list[list[str]] = []
-    for line in lines[1:]:
-        if line.startswith("==="):
-            continue
+def table(found: re.Match[str]) -> str:
+    """A simple table of reStructuredText, with a head or without. A row of which one side is empty continues the one above."""
+    lines = dedent(found[0]).splitlines()
+    starts = [column.start() for column in re.finditer(r"=+", lines[0])]
+    rows: list[list[str]] = [] if sum(line.startswith("==") for line in lines) == 3 else [[""] * len(starts)]
+    for line in lines:
         cells = [line[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
-        if cells[0]:
+        if line.startswith("=="):
+            continue
+        if cells[0] and any(cells[1:]):
             rows.append(cells)
         else:
             rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)]
-    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(starts), *rows[1:])]
+    return indent("\n" + "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(starts), *rows[1:])) + "\n", found[1])
 
 
 def public() -> dict[str, str]:
@@ -114,7 +113,9 @@ def public() -> dict[str, str]:
     for module, file in (("planner", "planner/__init__.py"), ("mesh", "mesh.py"), ("functional", "functional.py")):
         for node in ast.parse((ROOT / "moecomm" / file).read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                names |= {name: f"moecomm.{module}.{name}" for name in ast.literal_eval(node.value)}
+                for name in ast.literal_eval(node.value):
+                    hidden = (ROOT / "moecomm" / module / f"{name}.py").exists()  # a module of the function's name is found in its place
+                    names[name] = f"moecomm.{module}.{name}.{name}" if hidden else f"moecomm.{module}.{name}"
     return names
 
 
