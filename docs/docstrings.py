@@ -1,7 +1,7 @@
 """An extension of griffe, which reads the docstrings for the reference: it turns their layout into Markdown.
 
 Sections get a bold title, entries of Args and Raises become lists, examples and tables those of Markdown, and the name of a public
-function in backticks a link to it. The comment behind an attribute of a public class is its documentation.
+function in backticks a link to it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,18 @@ class Markdown(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
-        elif obj.is_attribute and obj.parent is not None and obj.parent.is_class and (comment := re.search(r"  # (.*)$", obj.source)):
-            obj.docstring = griffe.Docstring(markdown(comment[1][0].upper() + comment[1][1:]), parent=obj)
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Make the fields of a NamedTuple a list below its docstring, each with the comment behind it."""
+        fields = [field for field in cls.members.values() if field.is_attribute]
+        if cls.docstring is None or not fields:
+            return
+        items = []
+        for field in fields:
+            code, _, comment = field.source.partition("  # ")
+            items.append(f"- `{code.strip()}`" + (f": {comment.strip()}" if comment else ""))
+            cls.del_member(field.name)
+        cls.docstring.value += linked("\n\n**Fields**\n\n" + "\n".join(items))
 
 
 def markdown(text: str) -> str:
@@ -47,7 +57,7 @@ def markdown(text: str) -> str:
             if paragraph[0].startswith(">>>"):
                 out += examples(paragraph)
             else:
-                out += spaced([LEAD.sub(r"**\1**", paragraph[0]), *paragraph[1:]])
+                out += spaced([LEAD.sub(r"**\1**", paragraph[0]) if out else paragraph[0], *paragraph[1:]])
         del lines[:end]
     return linked("\n".join(out))
 
@@ -57,13 +67,20 @@ def entries(body: list[str]) -> list[str]:
     out: list[str] = []
     for line in body:
         if entry := ENTRY.match(line):
-            names = ", ".join(f"`{name}`" if name.startswith("*") or name.isidentifier() else name for name in entry[1].split(", "))
+            names = ", ".join(written(name) for name in entry[1].split(", "))
             out.append(f"- {names}: {entry[2] or ''}")
         elif line and line[0] != " " and out and out[-1].startswith(("- ", "    ")):
             out += ["", line]
         else:
             out.append(line)
     return spaced(out)
+
+
+def written(name: str) -> str:
+    """A name at the head of an entry: an error may be a link, an argument is not the function of its name; other words are text."""
+    if not (name.startswith("*") or name.isidentifier()):
+        return name
+    return f"`{name}`" if name.endswith("Error") else f"``{name}``"
 
 
 def spaced(lines: list[str]) -> list[str]:
@@ -123,7 +140,8 @@ PUBLIC = public()
 
 
 def linked(text: str) -> str:
-    """Names of public functions in single backticks as links. Code in fences stays."""
+    """Names of public functions in single backticks, and pages of docs/, as links. Code in fences stays."""
+    text = re.sub(r"(?<![`/\w])docs/(\w+)\.md", r"[docs/\1.md](../\1.html)", text)
     parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else NAME.sub(_link, part) for part in parts)
 

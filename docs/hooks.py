@@ -95,8 +95,8 @@ def place(path: str) -> str:
 
 
 def section(heading: str) -> str:
-    """A section of README, without its heading."""
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## )", text_of("README.md"), re.MULTILINE | re.DOTALL)
+    """A section of README, with its heading."""
+    found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## )", text_of("README.md"), re.MULTILINE | re.DOTALL)
     if found is None:
         raise ValueError(f"README.md has no section {heading!r}")
-    return found[1]
+    return found[0]

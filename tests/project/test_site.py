@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import os
@@ -106,7 +107,7 @@ Example::
 
     y = f(x)
 
-Backward: to ``x``, as in `combine`.
+Backward: to ``x``, as in `combine`. docs/plan.md has more.
 
 ===  =======
 a    what
@@ -122,7 +123,7 @@ MARKDOWN = """A function.
 
 **Args**
 
-- `x`: [T, D], in one of two
+- ``x``: [T, D], in one of two
     ways:
 
     - one;
@@ -142,7 +143,7 @@ All before anything is sent.
 y = f(x)
 ```
 
-**Backward:** to ``x``, as in [`combine`][moecomm.functional.combine].
+**Backward:** to ``x``, as in [`combine`][moecomm.functional.combine]. [docs/plan.md](../plan.html) has more.
 
 | a | what |
 | --- | --- |
@@ -182,10 +183,13 @@ def newest() -> float:
 def site() -> dict[Path, Page]:
     """The pages of the site that ``make docs`` has built. Built here, as strictly, if it is not there or older than its sources."""
     pytest.importorskip("mkdocs", reason="the site's tools are not installed")
-    if not (SITE / "index.html").exists() or (SITE / "index.html").stat().st_mtime < newest():
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
-        built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
-        assert built.returncode == 0, built.stdout + built.stderr
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may run other tests of this file
+        if not (SITE / "index.html").exists() or (SITE / "index.html").stat().st_mtime < newest():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+            built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+            assert built.returncode == 0, built.stdout + built.stderr
     return {path: read(path) for path in SITE.rglob("*.html")}
 
 
