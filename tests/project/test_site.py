@@ -69,6 +69,16 @@ def test_the_examples_of_a_page_run_on_several_ranks(page: str, tmp_path: Path) 
             assert_prints(each, said)
 
 
+@pytest.mark.exhaustive
+def test_the_layer_of_the_guide_trains_alike_when_it_is_compiled(tmp_path: Path) -> None:
+    ((_, code, said),) = [each for each in examples("guide") if each[0]]
+    eager, compiled = "    step = layer\n", "    step = torch.compile(layer, fullgraph=True)\n"
+    assert eager in code
+    assert compiled in (DOCS / "guide.md").read_text()
+    (tmp_path / "train.py").write_text(code.replace(eager, compiled))
+    assert_prints(run_script(tmp_path / "train.py", 1, tmp_path, force_backend="aot_eager"), said)
+
+
 def test_tests_that_a_page_names_exist() -> None:
     named = {name for page in DOCS.glob("*.md") for name in re.findall(r"`(test_\w+)`", page.read_text())}
     defined = set(re.findall(r"^def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")), re.MULTILINE))
