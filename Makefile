@@ -11,12 +11,12 @@ PYTEST = python -m pytest $(SIDE_BY_SIDE)
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 
-.PHONY: demo test test-all test-fast test-torch test-gpu lint format bench gpu fuzz soak sanitize lock audit clean
+.PHONY: demo test test-all test-fast test-torch test-gpu lint format docs bench gpu fuzz soak sanitize lock audit clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,lint,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,docs,lint,test]'
 	touch $@
 
 demo: $(READY)  ## train a small Mixture-of-Experts language model on 4 processes; make demo ARGS="--help"
@@ -61,6 +61,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## the documentation site, into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(READY)  ## ratios to floors and to other ways of the same layer, into benchmarks/results and docs/benchmarks.md: under 10 minutes on 2 cores
 	for each in floors layer cpu_time experts kept sweep links figures; do $(BIN)/python -m benchmarks.$$each || exit 1; done
 
@@ -87,7 +90,7 @@ build/tools/.ready:
 
 lock: build/tools/.ready  ## write requirements.lock anew, from pyproject.toml and constraints.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(<D)/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
-		--no-emit-find-links --no-emit-index-url --no-emit-trusted-host --extra demo --extra lint --extra test \
+		--no-emit-find-links --no-emit-index-url --no-emit-trusted-host --extra demo --extra docs --extra lint --extra test \
 		--constraint constraints.txt --output-file requirements.lock pyproject.toml
 
 audit: build/tools/.ready  ## known vulnerabilities of what is locked: ends with 1 for some, with 2 where nobody can be asked
