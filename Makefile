@@ -10,6 +10,7 @@ SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
 PYTEST = python -m pytest $(SIDE_BY_SIDE)
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
+TORCHTITAN ?= 0.3.0
 
 .PHONY: demo test test-all test-fast test-torch test-torchtitan test-gpu lint format bench gpu fuzz soak sanitize lock audit clean
 
@@ -42,7 +43,7 @@ test-torch: build/torch-$(VERSION)/.ready  ## the inner loop with another torch:
 
 build/torchtitan/.ready: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[torchtitan]' \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[torchtitan]' 'torchtitan==$(TORCHTITAN)' \
 		$$(grep -E '^(torch|triton|numpy|pytest|expecttest|hypothesis)==' constraints.txt)
 	touch $@
 
