@@ -22,7 +22,7 @@ from moecomm.ops.exchange.start_op import STARTS
 from moecomm.ops.routing.read_sizes import plan_sizes, read_sizes
 
 
-class TokenDispatcher(BaseEPTokenDispatcher):  # type: ignore[misc]
+class TokenDispatcher(BaseEPTokenDispatcher):
     """Each token travels once to each rank that has one of its experts, and one sum of their results comes back.
 
     torchtitan's layer calls it, and its experts run in between, unchanged. Where expert parallelism is off it sends nothing.
@@ -31,7 +31,7 @@ class TokenDispatcher(BaseEPTokenDispatcher):  # type: ignore[misc]
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseEPTokenDispatcher.Config):  # type: ignore[misc]
+    class Config(BaseEPTokenDispatcher.Config):
         """torchtitan's ``num_experts`` and ``top_k``, and options of `plan`, `dispatch` and `combine`.
 
         Args:
@@ -92,11 +92,11 @@ class TokenDispatcher(BaseEPTokenDispatcher):  # type: ignore[misc]
         return mf.combine(routed_output_RD, metadata, dtype=x_TD.dtype, **self.wires)
 
 
-class SelectiveCheckpointing(SelectiveAC):  # type: ignore[misc]
+class SelectiveCheckpointing(SelectiveAC):
     """torchtitan's selective activation checkpointing, which also saves what moecomm received: no exchange runs again in the backward."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(SelectiveAC.Config):  # type: ignore[misc]
+    class Config(SelectiveAC.Config):
         pass
 
     def get_save_ops(self) -> set[Any]:

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, silu
@@ -45,7 +45,7 @@ def by_expert(rows: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def dispatched(tokens: list[int], options: dict[str, Any], alone: bool) -> tuple[Outcome, Outcome, Outcome]:
-    """A layer with moecomm's dispatcher, with torchtitan's, and the dense one, on this rank, which has so many tokens: results, gradients."""
+    """Results and gradients of a layer with moecomm's dispatcher, with torchtitan's, and of the dense one; ``tokens`` of each rank."""
     from torchtitan.distributed.utils import set_spmd_backend
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
@@ -127,8 +127,41 @@ def test_a_placement_with_replicas_is_refused_when_the_mesh_is_known() -> None:
     from moecomm.integrations.torchtitan import TokenDispatcher
 
     dispatcher = TokenDispatcher.Config(num_experts=4, top_k=2, placement=[[0, 1, 2], [3, 0, 1]]).build()
-    with pytest.raises(ValueError, match="placement was of 6 experts; it must be of 4, each once: torchtitan has parameters for no replicas"):
+    with pytest.raises(
+        ValueError, match="placement was of 6 experts; it must be of 4, each once: torchtitan has parameters for no replicas"
+    ):
         dispatcher.wire_meshes(ep_mesh=None)
+
+
+# Its switches
+
+
+def test_the_command_line_gives_every_layer_the_dispatcher_with_its_options() -> None:
+    from torchtitan.config import ConfigManager, apply_overrides
+    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+
+    from moecomm.integrations.torchtitan import SelectiveCheckpointing, TokenDispatcher
+
+    line = "--module qwen3 --config qwen3_moe_debug --parallelism.expert_parallel_degree 8 --training.disable_cuda_graphs"
+    config = ConfigManager().parse_args(
+        [*line.split(), "--override.imports", DISPATCHER + '={"wire": "mxfp8", "max_rows": 64}', CHECKPOINTING]
+    )
+    apply_overrides(config.override, config)
+    dispatchers = [each for _, each, _, _ in config.traverse(LocalTokenDispatcher.Config)]
+    assert dispatchers == [TokenDispatcher.Config(num_experts=64, top_k=8, wire="mxfp8", max_rows=64)] * 8
+    assert isinstance(config.activation_checkpoint, SelectiveCheckpointing.Config)
+
+
+def test_the_padding_of_a_low_precision_dispatcher_becomes_align_and_unknown_options_are_refused() -> None:
+    from torchtitan.models.common.token_dispatcher import TorchAOTokenDispatcher
+
+    from moecomm.integrations.torchtitan import token_dispatcher
+
+    padded = TorchAOTokenDispatcher.Config(num_experts=8, top_k=2, pad_multiple=32)
+    assert token_dispatcher(padded).align == 32
+    assert token_dispatcher(padded, align=64).align == 64
+    with pytest.raises(ValueError, match="wires"):
+        token_dispatcher(padded, wires="mxfp8")
 
 
 # torchtitan's debug models
@@ -146,6 +179,7 @@ class Case(NamedTuple):
     backend: str = "partial_dtensor"  # how torchtitan splits
     checkpoint: str = ""
     compiler: str = ""  # the backend of torch.compile
+    fsdp: bool = True
 
 
 class Training:
@@ -178,7 +212,7 @@ class Training:
         apply_overrides(config.override, config)
         with torch.device("meta"):
             self.model = model.build()
-        unsharded = {"skip_dp": True} if case.backend == "spmd_types" else {}  # FSDP of torch 2.13 does not take its parameters
+        unsharded = {} if case.fsdp else {"skip_dp": True}
         config.model_spec.parallelize_fn(
             self.model, parallel_dims=dims, training=config.training, parallelism=config.parallelism, compile_config=config.compile,
             ac_config=config.activation_checkpoint, dump_folder="", **unsharded,
@@ -256,6 +290,28 @@ def check_checkpointing() -> None:
     assert once == saved < again, exchanges
     for outcome in gradients[1:]:
         assert_alike(outcome, gradients[0], EXACT)
+
+
+def compare_backends() -> None:
+    """moecomm's dispatcher under the SPMD backend whose own exchange gloo lacks, beside torchtitan's under another, without FSDP."""
+    steps, models = [], []
+    for backend, overrides in (("spmd_types", [(DISPATCHER, {})]), ("partial_dtensor", [])):
+        training = Training(Case({EP: 2}, backend=backend, fsdp=False), overrides)
+        models.append(training.model)
+        for mine, first in zip(training.model.parameters(), models[0].parameters(), strict=True):
+            local(mine).data.copy_(local(first))  # each draws its own
+        with patch.object(Tensor, "bfloat16", Tensor.float):
+            logits, _ = training.step()
+        steps.append({"logits": logits} | {name: local(p.grad) for name, p in training.model.named_parameters()})
+    assert_alike(*steps, EXACT)
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def test_a_model_trains_under_torchtitans_default_spmd_backend() -> None:
+    run_ranks(compare_backends, 2, timeout=400)
 
 
 @EXHAUSTIVE
