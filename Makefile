@@ -48,7 +48,7 @@ build/torchtitan/.ready: pyproject.toml constraints.txt
 	touch $@
 
 test-torchtitan: build/torchtitan/.ready  ## the integration of torchtitan, in an environment of its own: its datasets wants other versions
-	build/torchtitan/bin/python -m pytest tests/integrations/test_torchtitan.py moecomm/integrations/torchtitan.py $(ARGS)
+	build/torchtitan/bin/python -m pytest tests/integrations/test_torchtitan.py tests/benchmarks/test_titan.py $(ARGS)
 
 # The tests that put tensors on a GPU, if there is one. With PYTHON=..., by that Python and what is installed in it; nothing is downloaded.
 ON_GPU := tests/ops tests/layer/test_static_gpu.py tests/faults/test_threads.py tests/compile/test_report.py
