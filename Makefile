@@ -10,8 +10,9 @@ SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
 PYTEST = python -m pytest $(SIDE_BY_SIDE)
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
+TORCHTITAN ?= 0.3.0
 
-.PHONY: demo test test-all test-fast test-torch test-gpu lint format docs bench gpu fuzz soak sanitize lock audit clean
+.PHONY: demo test test-all test-fast test-torch test-torchtitan test-gpu lint format docs bench gpu fuzz soak sanitize lock audit clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -39,6 +40,15 @@ build/torch-%/.ready: pyproject.toml
 
 test-torch: build/torch-$(VERSION)/.ready  ## the inner loop with another torch: by default the oldest that moecomm takes
 	build/torch-$(VERSION)/bin/$(PYTEST) -m "not slow and not exhaustive" -W ignore::DeprecationWarning $(ARGS)
+
+build/torchtitan/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[torchtitan]' 'torchtitan==$(TORCHTITAN)' \
+		$$(grep -E '^(torch|triton|numpy|pytest|expecttest|hypothesis)==' constraints.txt)
+	touch $@
+
+test-torchtitan: build/torchtitan/.ready  ## the integration of torchtitan, in an environment of its own: its datasets wants other versions
+	build/torchtitan/bin/python -m pytest tests/integrations/test_torchtitan.py tests/benchmarks/test_titan.py $(ARGS)
 
 # The tests that put tensors on a GPU, if there is one. With PYTHON=..., by that Python and what is installed in it; nothing is downloaded.
 ON_GPU := tests/ops tests/layer/test_static_gpu.py tests/faults/test_threads.py tests/compile/test_report.py

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before moecomm is imported
 
 # The examples of an integration are collected where its library is installed.
-collect_ignore = [] if find_spec("transformers") else ["moecomm/integrations/transformers.py"]
+collect_ignore = [f"moecomm/integrations/{library}.py" for library in ("transformers", "torchtitan") if not find_spec(library)]
 
 
 @pytest.fixture(autouse=True)

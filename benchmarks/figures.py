@@ -16,6 +16,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "layer": ("A layer compared with other methods", layer_tables.layer),
+    "titan": ("Beside torchtitan's own dispatcher", layer_tables.titan),
     "cpu_time": ("CPU time of one step", layer_tables.cpu_time),
     "floors": ("Each op compared with a copy of its rows", tables.floors),
     "experts": ("A layer with experts", tables.experts),

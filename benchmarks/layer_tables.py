@@ -112,6 +112,14 @@ def small(lines: list[Line]) -> str:
     return table(["case", "memory", "comparison", "time ratio", "microseconds"], rows)
 
 
+def titan(results: Line) -> str:
+    rows = []
+    for line in results["lines"]:
+        times = " / ".join(f"{ms:.0f}" for ms in line["milliseconds"])
+        rows.append([line["memory"], line["what"], line["dtype"], str(line["k"]), spread(line), times])
+    return ran(results["about"]) + "\n\n" + table(["memory", "experts", "dtype", "K", "torchtitan / moecomm", "ms"], rows)
+
+
 def cpu_time(results: Line) -> str:
     rows = []
     for whole in found(results["lines"], case="k_fold", to="moecomm"):

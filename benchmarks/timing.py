@@ -37,6 +37,7 @@ MEMORY = {
 QUIET = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler says on stderr that it starts and stops
 PACKAGES = (
     "torch", "triton", "numpy", "liger-kernel", "megablocks", "scattermoe", "sonic-moe", "transformer-engine", "transformers",
+    "torchtitan",
 )  # fmt: skip
 MOST_REPEATS = 41
 FLUSHED = 2**28  # bytes that are written before each repeat on a GPU: some times its L2
