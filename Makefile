@@ -11,7 +11,7 @@ PYTEST = python -m pytest $(SIDE_BY_SIDE)
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 
-.PHONY: demo test test-all test-fast test-torch test-gpu lint format bench gpu fuzz soak sanitize lock audit clean
+.PHONY: demo test test-all test-fast test-torch test-gpu lint format bench gpu fuzz soak sanitize lock audit dist clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -82,7 +82,7 @@ sanitize: $(READY)  ## the ops' tests under compute-sanitizer, where there are a
 
 build/tools/.ready:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1 build==1.6.1 twine==7.0.0
 	touch $@
 
 lock: build/tools/.ready  ## write requirements.lock anew, from pyproject.toml and constraints.txt
@@ -92,6 +92,18 @@ lock: build/tools/.ready  ## write requirements.lock anew, from pyproject.toml a
 
 audit: build/tools/.ready  ## known vulnerabilities of what is locked: ends with 1 for some, with 2 where nobody can be asked
 	$(<D)/bin/python .ci/audit.py requirements.lock
+
+dist: build/tools/.ready  ## a wheel and an sdist in dist/; each is installed in a clean environment and trains a layer there
+	rm -rf dist build/clean
+	$(<D)/bin/python -m build --outdir dist .
+	$(<D)/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/clean
+	for each in dist/*; do \
+		build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$each \
+			&& (cd build/clean && bin/python -I ../../.ci/installed.py && bin/python -I -m moecomm.info) \
+			&& build/clean/bin/python -m pip uninstall --quiet --yes moecomm \
+			&& ! build/clean/bin/python -I -c 'import moecomm' 2> /dev/null || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs
