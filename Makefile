@@ -10,8 +10,9 @@ SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
 PYTEST = python -m pytest $(SIDE_BY_SIDE)
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
+TRANSFORMERS := $(if $(filter command line,$(origin VERSION)),$(VERSION),5.17.0)
 
-.PHONY: demo test test-all test-fast test-torch test-gpu lint format bench gpu fuzz soak sanitize lock audit dist clean
+.PHONY: demo test test-all test-fast test-torch test-transformers test-gpu lint format bench gpu fuzz soak sanitize lock audit dist clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -39,6 +40,15 @@ build/torch-%/.ready: pyproject.toml
 
 test-torch: build/torch-$(VERSION)/.ready  ## the inner loop with another torch: by default the oldest that moecomm takes
 	build/torch-$(VERSION)/bin/$(PYTEST) -m "not slow and not exhaustive" -W ignore::DeprecationWarning $(ARGS)
+
+build/transformers-%/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers==$*'  # and what it demands in place of the tested
+	touch $@
+
+test-transformers: build/transformers-$(TRANSFORMERS)/.ready  ## all tests with another transformers: by default the oldest with the experts function
+	build/transformers-$(TRANSFORMERS)/bin/$(PYTEST) tests/integrations/test_transformers.py $(ARGS)
 
 # The tests that put tensors on a GPU, if there is one. With PYTHON=..., by that Python and what is installed in it; nothing is downloaded.
 ON_GPU := tests/ops tests/layer/test_static_gpu.py tests/faults/test_threads.py tests/compile/test_report.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tests.spawn import run_ranks
+from tests.spawn import RankFailed, run_ranks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers")
@@ -174,6 +174,9 @@ def test_all_experts_of_the_installed_version_are_their_eager_selves() -> None:
             assert far < 1e-5, f"{name}: {far}"  # some compute a step in float32, whatever their dtype
 
 
+expert_parallel = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.distributed.expert_parallel") is None, reason="other implementations are taken from 5.23 on"
+)
 Split = tuple[int, dict[str, int]]  # ranks, and sizes of DistributedConfig
 SPLITS: list[Split] = [
     (2, {"fsdp_size": 2, "ep_size": 2}),
@@ -204,6 +207,7 @@ def here(folder: str, sizes: dict[str, int], options: dict[str, Any]) -> tuple[T
     return whole(out.logits).detach(), {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
+@expert_parallel
 @pytest.mark.parametrize("options", [{}, pytest.param({"max_rows": 40, "align": 8}, marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize("split", [SPLITS[1], *(pytest.param(split, marks=pytest.mark.exhaustive) for split in SPLITS[::2])], ids=str)
 @pytest.mark.parametrize("name", ["Qwen3Moe", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("GptOss", "DeepseekV3"))])
@@ -216,3 +220,33 @@ def test_expert_parallel_a_model_trains_as_on_one_rank(name: str, split: Split, 
     logits = torch.cat([logits for logits, _ in results[:: sizes.get("tp_size", 1)]])
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
     assert_alike(results[0][1], wanted, 1e-5)
+
+
+def compiled_here(folder: str, implementation: str) -> tuple[Tensor, Tensor]:
+    """The logits, and the gradient of a layer's router, where the MoE of each layer is compiled as one graph under TP + EP."""
+    from transformers.distributed import DistributedConfig
+
+    import moecomm.integrations.transformers  # noqa: F401
+
+    config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation=implementation)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="aot_eager", fullgraph=True)
+    logits = model(input_ids=batch()).logits
+    logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), model.model.layers[0].mlp.gate.weight)[0]
+
+
+@expert_parallel
+@pytest.mark.exhaustive
+def test_expert_parallel_under_tp_a_layer_is_one_graph_which_that_of_transformers_is_not(tmp_path: Path) -> None:
+    model = model_of("Qwen3Moe")
+    model.save_pretrained(tmp_path)
+    model.set_experts_implementation("eager")
+    want = model(input_ids=batch()).logits
+    (wanted,) = torch.autograd.grad(want.square().sum(), model.model.layers[0].mlp.gate.weight)
+    for logits, grad in run_ranks(compiled_here, 2, str(tmp_path), "moecomm", timeout=300):
+        torch.testing.assert_close(logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    with pytest.raises(RankFailed, match="Could not guard on data-dependent expression"):
+        run_ranks(compiled_here, 2, str(tmp_path), "all_to_all", timeout=300)
