@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import moecomm.functional as mf
 from tests.spawn import RankFailed, run_ranks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -172,6 +173,32 @@ def test_all_experts_of_the_installed_version_are_their_eager_selves() -> None:
         for got, want in zip(*answers, strict=True):
             far = (got - want).abs().max().item() / want.abs().max().item()
             assert far < 1e-5, f"{name}: {far}"  # some compute a step in float32, whatever their dtype
+
+
+@pytest.mark.parametrize("name", ["gpt_oss.GptOssExperts", "muse_spark.MuseSparkExperts"])  # with biases; with a norm behind the experts
+@pytest.mark.parametrize("forward", [False, True])
+def test_what_padding_holds_reaches_no_parameter(name: str, forward: bool) -> None:
+    from moecomm.integrations.transformers import _layer
+
+    module, of = name.split(".")
+    experts = getattr(pytest.importorskip(f"transformers.models.{module}.modeling_{module}"), of)(Config())
+    seed = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=seed)
+    x, weights = torch.randn(11, 32, generator=seed), torch.rand(11, 2, generator=seed)
+    num_experts = experts.down_proj.shape[0]
+    ids = torch.rand(11, num_experts, generator=seed).argsort(1)[:, :2]
+    want = experts(x, ids, weights)
+    wanted = torch.autograd.grad(want.square().sum(), list(experts.parameters()))
+    try:
+        torch.use_deterministic_algorithms(forward)  # what grouped_mm does not write is then NaN, as all of torch.empty
+        y = _layer(experts, x, mf.plan(ids, weights, num_experts, "", max_rows=30, align=4, like=x), {})
+        torch.use_deterministic_algorithms(True)
+        grads = torch.autograd.grad(y.square().sum(), list(experts.parameters()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for got, expected in zip((y, *grads), (want, *wanted), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 expert_parallel = pytest.mark.skipif(
