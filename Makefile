@@ -11,8 +11,10 @@ PYTEST = python -m pytest $(SIDE_BY_SIDE)
 VERSION ?= 2.11.0
 TRITON ?= 3.6.0
 TORCHTITAN ?= 0.3.0
+TRANSFORMERS ?= 5.17.0
 
-.PHONY: demo test test-all test-fast test-torch test-torchtitan test-gpu lint format docs bench gpu fuzz soak sanitize lock audit clean
+.PHONY: demo test test-all test-fast test-torch test-transformers test-torchtitan test-gpu lint format docs bench gpu fuzz soak sanitize lock audit \
+	dist clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moecomm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -49,6 +51,15 @@ build/torchtitan/.ready: pyproject.toml constraints.txt
 
 test-torchtitan: build/torchtitan/.ready  ## the integration of torchtitan, in an environment of its own: its datasets wants other versions
 	build/torchtitan/bin/python -m pytest tests/integrations/test_torchtitan.py tests/benchmarks/test_titan.py $(ARGS)
+
+build/transformers-%/.ready: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers==$*'  # and what it demands in place of the tested
+	touch $@
+
+test-transformers: build/transformers-$(TRANSFORMERS)/.ready  ## all tests with another transformers: by default the oldest with the experts function
+	build/transformers-$(TRANSFORMERS)/bin/$(PYTEST) tests/integrations/test_transformers.py $(ARGS)
 
 # The tests that put tensors on a GPU, if there is one. With PYTHON=..., by that Python and what is installed in it; nothing is downloaded.
 ON_GPU := tests/ops tests/layer/test_static_gpu.py tests/faults/test_threads.py tests/compile/test_report.py
@@ -95,7 +106,7 @@ sanitize: $(READY)  ## the ops' tests under compute-sanitizer, where there are a
 
 build/tools/.ready:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1 build==1.6.1 twine==7.0.0
 	touch $@
 
 lock: build/tools/.ready  ## write requirements.lock anew, from pyproject.toml and constraints.txt
@@ -105,6 +116,18 @@ lock: build/tools/.ready  ## write requirements.lock anew, from pyproject.toml a
 
 audit: build/tools/.ready  ## known vulnerabilities of what is locked: ends with 1 for some, with 2 where nobody can be asked
 	$(<D)/bin/python .ci/audit.py requirements.lock
+
+dist: build/tools/.ready  ## a wheel and an sdist in dist/; each is installed in a clean environment and trains a layer there
+	rm -rf dist build/clean
+	$(<D)/bin/python -m build --outdir dist .
+	$(<D)/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/clean
+	for each in dist/*; do \
+		build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$each \
+			&& (cd build/clean && bin/python -I ../../.ci/installed.py && bin/python -I -m moecomm.info) \
+			&& build/clean/bin/python -m pip uninstall --quiet --yes moecomm \
+			&& ! build/clean/bin/python -I -c 'import moecomm' 2> /dev/null || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

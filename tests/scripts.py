@@ -57,6 +57,7 @@ def _run(script: Path, folder: Path, variables: dict[str, str], printed: str, st
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - as long-lived as the process
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [str(script)]
+    sys.path.insert(0, str(script.parent))  # as Python does for a script
     torch.set_num_threads(1)
     with torch.compiler.set_stance(**stance):
         runpy.run_path(str(script), run_name="__main__")

@@ -48,21 +48,29 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def _layer(experts: Any, x: Tensor, plan: mf.Plan, wires: dict[str, Any]) -> Tensor:
     """[T, D] -> [T, D]: the weights are multiplied in before the last matmul, so that no [N, D] rows are kept for the backward."""
     rows = mf.dispatch(x, plan, **wires)
-    expert = mf.row_experts(plan) if experts.has_bias else None  # [N]
+    expert = mf.row_experts(plan) if experts.has_bias else None  # [N]; -1 for padding
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     h = _linear(rows, getattr(experts, name), plan.offsets, experts.is_transposed)
     if expert is not None:
-        h = h + getattr(experts, f"{name}_bias")[expert]
+        h = h + _with_padding(getattr(experts, f"{name}_bias"))[expert]
     h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
     if getattr(experts, "has_post_expert_norm", False):  # the norm of a weighted row is not the weighted norm of the row
         y = _linear(h, experts.down_proj, plan.offsets, experts.is_transposed)
         y = y if expert is None else y + experts.down_proj_bias[expert]
+        y = y.masked_fill(
+            (plan.row_order < 0).unsqueeze(1), 0
+        )  # grouped_mm does not write padding: a NaN in it is NaN in the norm's gradient
         return mf.combine(experts.post_expert_norm(y), plan, dtype=x.dtype, **wires)
     weights = mf.row_weights(plan).unsqueeze(1)  # [N, 1]
     y = _linear((h * weights).to(h.dtype), experts.down_proj, plan.offsets, experts.is_transposed)
     if expert is not None:
         y = y + (experts.down_proj_bias[expert] * weights).to(y.dtype)
     return mf.combine(y, plan, weighted=False, dtype=x.dtype, **wires)
+
+
+def _with_padding(bias: Tensor) -> Tensor:
+    """[L, H] -> [L + 1, H]: a last row for padding, whose gradient grouped_mm's backward does not write: it may be NaN."""
+    return F.pad(bias, (0, 0, 0, 1))
 
 
 def _linear(rows: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:

@@ -7,13 +7,15 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moecomm.errors import check_experts, check_slots, wrong_type, wrong_value
+from moecomm.errors import check_experts, check_int, check_slots, wrong_type, wrong_value
 from moecomm.ops.base.library import call
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather
 from moecomm.ops.exchange.slices import take_slice
 from moecomm.ops.routing.counting_sort import MOST, counting_sort
 from moecomm.parallel.dtensor import placed, routed_like, to_local
 from moecomm.parallel.group import GroupLike, resolve_group
+
+FACTOR = "Of a capacity factor make slots: math.ceil(capacity * ranks * experts.numel() / num_experts)"
 
 
 def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: GroupLike = None) -> Tensor:
@@ -62,8 +64,7 @@ def limit_by_capacity(experts: Tensor, num_experts: int, capacity: int, group: G
         wrong_type("experts", f"of dtype {experts.dtype}", "of a signed integer dtype, which can hold -1")
     check_slots(experts, MOST)
     for name, value, least in (("num_experts", num_experts, 1), ("capacity", capacity, 0)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            wrong_type(name, type(value).__name__, "an int")
+        check_int(name, value, FACTOR if name == "capacity" else "")
         if value < least:
             wrong_value(name, value, f"{least} or more")
     slots = count_slots(experts, num_experts)

@@ -90,7 +90,7 @@ def combine(
     precision, whatever their size: float16 rows with float32 weights of 1e-8 or 1e5 are as precise as others. On CPUs a weight
     counts with a relative error of at most 2^-16 where the rows are float16 or bfloat16.
     """
-    check_plan(plan)
+    check_plan(plan, "combine", "rows", rows)
 
     leaves, spec = tree_flatten(rows)
     leaves = in_one_dtype(leaves, plan, dtype)

@@ -90,7 +90,7 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     are those of DeepSeek-V3 (arXiv:2412.19437) and of the OCP Microscaling Formats Specification 1.0. DeepSeek-V3 sends tokens
     and the gradients of `combine` in 8 bits, and all sums in 16.
     """
-    check_plan(plan)
+    check_plan(plan, "dispatch", "x", x)
 
     leaves, spec = tree_flatten(x)
 
@@ -151,7 +151,7 @@ def dispatch_quantized(x: Tensor, plan: Plan, wire: str, *, backward_wire: str |
     gradient goes to ``rows`` instead: [N, D] of x's dtype, without values and without memory. Your experts define their own
     backward: they take ``rows`` as one more argument, and return the rows' gradient for it. ``rows`` cannot be changed in place.
     """
-    check_plan(plan)
+    check_plan(plan, "dispatch_quantized", "x", x)
 
     def shard() -> Tensor:
         check_reverse_mode("dispatch_quantized", [x])

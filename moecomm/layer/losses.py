@@ -88,7 +88,7 @@ def load_balance_loss(probabilities: Tensor, experts: Tensor, group: GroupLike =
 
 def _balance(probabilities: Tensor, experts: Tensor, ranks: Group, grad: Literal["slice", "reduce"], score: Score | None) -> Tensor:
     check_tensor("probabilities", probabilities, "[T, E]", dims=2)
-    check_floating("probabilities", probabilities)
+    check_floating("probabilities", probabilities, "mf.load_balance_loss(probabilities, experts)")
     _check_experts_of("probabilities", probabilities, experts)
     num_experts = probabilities.shape[1]
     dtype = torch.promote_types(probabilities.dtype, torch.float32)

@@ -85,6 +85,9 @@ def plan(
         MoECommError: another rank refuses its arguments, in eager code; the message names that rank.
         ExpertIdError: also a ValueError. Raised on every rank alike, where an id is outside [-1, E) on any rank.
 
+    Warns:
+        UserWarning: all ids of all ranks are 0 or 1, and K = E > 2. They may be a map [T, E], not ids.
+
     Example:
         >>> experts = torch.tensor([[2, 0], [2, -1], [1, 2]])
         >>> a_plan = plan(experts, torch.ones(3, 2), num_experts=3)

@@ -39,7 +39,9 @@ def as_tensor(placement: Placement, ranks: int) -> Tensor:
 def _as_lists(placement: Sequence[Sequence[int]]) -> list[list[int]]:
     """The lists or tuples of ``placement``, which are equally long, as lists."""
     if not isinstance(placement, list | tuple) or not all(isinstance(row, list | tuple) for row in placement):
-        wrong_type("placement", type(placement).__name__, "a list of lists of ints, [P, L], or an integer tensor on the CPU")
+        flat = isinstance(placement, list | tuple) and all(isinstance(expert, int) for expert in placement)
+        instead = "Give each rank a list of its own: torch.tensor(placement).view(ranks, -1)" if flat else ""
+        wrong_type("placement", type(placement).__name__, "a list of lists of ints, [P, L], or an integer tensor on the CPU", instead)
     for row in placement:
         for expert in row:
             if not isinstance(expert, int) or isinstance(expert, bool):

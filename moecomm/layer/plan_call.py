@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from moecomm.errors import check_experts, check_floating, check_slots, check_tensor, differ, wrong_type, wrong_value
+from moecomm.errors import check_experts, check_floating, check_int, check_slots, check_tensor, differ, int_instead, wrong_type, wrong_value
 from moecomm.layer.placement import Placement, as_tensor
 from moecomm.ops.base.library import call
 from moecomm.ops.base.signature import signature
@@ -62,32 +62,42 @@ def make_routing(
 def _check(
     experts: Tensor, weights: Tensor, num_experts: int, divisor: int | None, like: list[Tensor], max_rows: int | None, align: int
 ) -> None:
-    check_experts(experts)
+    check_experts(experts, weights)
     check_tensor("weights", weights, "[T, K]", dims=2)
     check_floating("weights", weights)
     if differ(weights.shape[0], experts.shape[0]) or differ(weights.shape[1], experts.shape[1]):
-        wrong_value("weights", f"of shape {list(weights.shape)}", f"of experts' shape {list(experts.shape)}")
+        every = isinstance(num_experts, int) and guard_or_false(weights.shape[1] == num_experts)
+        instead = "Take those of the chosen experts: weights.gather(1, experts)" if every else ""
+        wrong_value("weights", f"of shape {list(weights.shape)}", f"of experts' shape {list(experts.shape)}", instead)
     if weights.device != experts.device:
-        wrong_value("weights", f"on {weights.device}", f"on experts' device, {experts.device}")
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
-        wrong_type("num_experts", type(num_experts).__name__, "an int")
+        instead = "Move them: weights.to(experts.device)"
+        wrong_value("weights", f"on {weights.device}", f"on experts' device, {experts.device}", instead)
+    check_int("num_experts", num_experts)
     if num_experts < 1 or (divisor is not None and num_experts % divisor):
-        wrong_value("num_experts", num_experts, "at least 1" if divisor is None else f"a positive multiple of the group's {divisor} ranks")
+        must = "at least 1" if divisor is None else f"a positive multiple of the group's {divisor} ranks"
+        wrong_value("num_experts", num_experts, must, _divisible_instead(num_experts, divisor))
     if experts.shape[1] < 1:
         wrong_value("experts", f"of shape {list(experts.shape)}, K = 0", "of K >= 1")
     for leaf in like:
         check_tensor("like", leaf, "[T, ...], or a pytree of them")
         if leaf.dim() == 0 or differ(leaf.shape[0], experts.shape[0]):
             wrong_value("like", f"of shape {list(leaf.shape)}", f"of shape [{experts.shape[0]}, ...], as experts has that many tokens")
-    if not isinstance(align, int) or isinstance(align, bool):
-        wrong_type("align", type(align).__name__, "an int")
+    check_int("align", align)
     if align < 1:
         wrong_value("align", align, "at least 1")
     if max_rows is not None:
         if not isinstance(max_rows, int | torch.SymInt) or isinstance(max_rows, bool):
-            wrong_type("max_rows", type(max_rows).__name__, "an int or None")
+            share = "Of a share of the tokens make a number: math.ceil(max_rows * experts.shape[0])"
+            wrong_type("max_rows", type(max_rows).__name__, "an int or None", int_instead("max_rows", max_rows, share))
         if guard_or_false(max_rows < 0):
             wrong_value("max_rows", max_rows, "0 or more")
+
+
+def _divisible_instead(num_experts: int, ranks: int | None) -> str:
+    if num_experts < 1 or ranks is None:
+        return ""
+    replicas = f"placement=moecomm.planner.place([1.0] * {num_experts}, {ranks}, {-(-num_experts // ranks)})"
+    return f'Without group it is all ranks: pass group=mesh["ep"], or let a rank hold a replica: {replicas}'
 
 
 def _check_numbers(experts: Tensor, local: int, max_rows: int | None, align: int, ranks: int) -> None:

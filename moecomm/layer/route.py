@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moecomm.errors import check_floating, check_tensor, wrong_type, wrong_value
+from moecomm.errors import check_floating, check_int, check_tensor, wrong_type, wrong_value
 from moecomm.layer.scores import Score, check_score, log_sigmoid, sigmoid, softmax
 from moecomm.ops.base.library import call
 from moecomm.ops.routing.choose_experts import choose
@@ -142,8 +142,7 @@ def _check(logits: Tensor, k: int, bias: Tensor | None, num_groups: int, top_gro
     check_floating("logits", logits)
     num_experts = logits.shape[1]
     for name, value in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            wrong_type(name, type(value).__name__, "an int")
+        check_int(name, value)
     if group_score not in ("top2", "max"):
         wrong_value("group_score", repr(group_score), '"top2" or "max"')
     if num_groups < 1 or num_experts % num_groups:
@@ -152,7 +151,14 @@ def _check(logits: Tensor, k: int, bias: Tensor | None, num_groups: int, top_gro
         wrong_value("top_groups", top_groups, f"between 1 and num_groups = {num_groups}")
     eligible = num_experts // num_groups * top_groups
     if not 1 <= k <= eligible:
-        wrong_value("k", k, f"between 1 and {eligible}, the experts that a token may choose from")
+        instead = (
+            ""
+            if k < 1
+            else "Choose fewer: k=min(k, logits.shape[1])"
+            if num_groups == top_groups
+            else "Allow more groups: top_groups=num_groups"
+        )
+        wrong_value("k", k, f"between 1 and {eligible}, the experts that a token may choose from", instead)
     if bias is None:
         return
     check_tensor("bias", bias, "[E]", dims=1)

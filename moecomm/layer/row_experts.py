@@ -20,7 +20,8 @@ def row_experts(plan: Plan) -> Tensor:
     Returns:
         [N] int32: an index in [0, L) into the experts of this rank, in ascending order. Padding rows, which static mode and
         ``align`` add, have -1. As an index of a tensor that is the last expert, so a lookup stays within the parameters, and
-        `combine` ignores what a padding row gives.
+        `combine` ignores what a padding row gives. Before another grouped_mm give padding a row of its own, as in
+        ``F.pad(bias, (0, 0, 0, 1))[row_experts(plan)]``: grouped_mm does not write the gradient of padding, which may be NaN.
 
     Raises:
         TypeError: ``plan`` is not a `Plan`.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, is_grad_enabled
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_leaves
 
 from moecomm.errors import check_tensor, differ, wrong_type, wrong_value
@@ -17,11 +19,22 @@ from moecomm.parallel.dtensor import to_local
 from moecomm.parallel.group import resolve_group
 
 Result = TypeVar("Result")
+PARTS = "mf.dispatch(x, plan).tensor_split(plan.offsets.tolist()[:-1])"  # rows of each local expert, in a message
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan, function: str = "", argument: str = "", value: object = None) -> None:
+    """Raise unless ``plan`` is one. ``value`` is what ``function`` takes before it as ``argument``: the plan by mistake, perhaps."""
     if not isinstance(plan, Plan):
-        wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it")
+        instead = ""
+        if isinstance(value, Plan):
+            instead = f"The plan comes second: mf.{function}({argument}, plan)"
+        elif isinstance(plan, tuple):
+            instead = (
+                "Make one: plan = mf.plan(experts, weights, num_experts)"
+                if len(plan) < len(Plan._fields)
+                else "Make it one: mf.Plan(*plan)"
+            )
+        wrong_type("plan", type(plan).__name__, "a Plan, as moecomm.functional.plan gives it", instead)
 
 
 def checked(function: str, plan: Plan, passed: dict[str, Any], options: dict[str, Any], check: Callable[[], Result]) -> Result:
@@ -49,9 +62,23 @@ def _kind(leaf: object) -> str:
 def check_leaf(argument: str, value: Tensor, plan: Plan, size: int, symbol: str) -> None:
     check_tensor(argument, value, f"[{symbol}, ...], or a pytree of them")
     if value.dim() == 0 or differ(value.shape[0], size):
-        wrong_value(argument, f"of shape {list(value.shape)}", f"of shape [{size}, ...], the plan's {symbol} = {size}")
+        must = f"of shape [{size}, ...], the plan's {symbol} = {size}"
+        wrong_value(argument, f"of shape {list(value.shape)}", must, _fitting_instead(argument, value, plan, size))
     if value.device != plan.row_order.device:
-        wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}")
+        instead = f"Move it: {argument}.to(plan.offsets.device)"
+        wrong_value(argument, f"on {value.device}", f"on the plan's device, {plan.row_order.device}", instead)
+
+
+def _fitting_instead(argument: str, value: Tensor, plan: Plan, size: int) -> str:
+    if value.dim() > 1 and guard_or_false(value.shape[0] * value.shape[1] == size):
+        return f"Flatten the {'tokens' if argument == 'x' else 'rows'} first: {argument}.flatten(0, 1)"
+    if argument == "x":
+        return "Make the plan of the same tokens: plan = mf.plan(experts, weights, num_experts, like=x)"
+    if value.dim() == 2 and guard_or_false(value.shape[1] == size):
+        return "Transpose them: rows.T"
+    if value.dim() > 0 and guard_or_false(value.shape[0] == plan.tokens):
+        return "These may be tokens, of which the rows are made first: rows = mf.dispatch(x, plan)"
+    return f"Give back all rows of this plan, one part an expert: torch.cat([f(part) for f, part in zip(my_experts, {PARTS})])"
 
 
 def check_wires(argument: str, value: Tensor, wire: object, backward_wire: object) -> None:
@@ -60,7 +87,8 @@ def check_wires(argument: str, value: Tensor, wire: object, backward_wire: objec
         if given is None:
             continue
         if not isinstance(given, str):
-            wrong_type(name, type(given).__name__, f"None, {listed(WIRES)}")
+            instead = f'Name the format: {name}="float8_e4m3"' if given is torch.float8_e4m3fn else ""
+            wrong_type(name, type(given).__name__, f"None, {listed(WIRES)}", instead)
         if given not in WIRES:
             wrong_value(name, repr(given), f"None, {listed(WIRES)}")
         if value.dtype not in DTYPES:

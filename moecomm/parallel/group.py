@@ -43,17 +43,28 @@ def resolve_group(group: GroupLike) -> Group:
         return Group(group, _size_by_name(group)) if group else ALONE
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            wrong_value("group", f"a DeviceMesh of {group.ndim} dims", 'a 1-D DeviceMesh, such as mesh["ep"], or (mesh, dim)')
+            must = 'a 1-D DeviceMesh, such as mesh["ep"], or (mesh, dim)'
+            wrong_value("group", f"a DeviceMesh of {group.ndim} dims", must, _dim_instead(group.mesh_dim_names))
         return _along(group, 0)
     if isinstance(group, tuple):
         if len(group) != 2 or not isinstance(group[0], DeviceMesh) or not isinstance(group[1], int):
-            wrong_type("group", f"a tuple {group}", "(DeviceMesh, int)")
+            named = len(group) == 2 and isinstance(group[1], str)
+            wrong_type(
+                "group", f"a tuple {group}", "(DeviceMesh, int)", f'Take the dim by its name: group=mesh["{group[1]}"]' if named else ""
+            )
         return _along(*group)
     if isinstance(group, dist.ProcessGroup):
         return _named(group)
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         wrong_value("group", "a group that this rank is not in", "a group that contains the calling rank")
-    wrong_type("group", type(group).__name__, "a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name or None")
+    instead = "Make a group of these ranks first: group=torch.distributed.new_group(group)" if isinstance(group, list) else ""
+    wrong_type("group", type(group).__name__, "a ProcessGroup, a 1-D DeviceMesh, (mesh, dim), a group's name or None", instead)
+
+
+def _dim_instead(names: tuple[str, ...] | None) -> str:
+    if names is None:
+        return "Choose the dim of the experts: group=(mesh, 1)"
+    return f'Choose the dim of the experts: group=mesh["{"ep" if "ep" in names else names[-1]}"]'
 
 
 @torch.compiler.assume_constant_result
@@ -65,7 +76,8 @@ def _size_by_name(name: str) -> int:
     try:
         return process_group(name).size()
     except RuntimeError:
-        wrong_value("group", repr(name), "the name of an initialised process group that contains the calling rank")
+        must = "the name of an initialised process group that contains the calling rank"
+        wrong_value("group", repr(name), must, f'Take the dim of a mesh from the mesh: group=mesh["{name}"]')
 
 
 def _named(group: dist.ProcessGroup) -> Group:

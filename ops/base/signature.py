@@ -7,6 +7,7 @@ functions, or the same one with different arguments, all of them see it in this 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -86,17 +87,25 @@ def check_routing(messages: list[list[int]], most: int | None) -> None:
     """Raise, alike on every rank, if the ranks' arguments do not fit together.
 
     The cases: signatures differ, an id is out of range, a weight is not finite, or there are more than ``most`` slots.
+    Ids that seem to be a map are legal: they give a warning.
     """
     check_agreed(messages)
     k, num_experts = (messages[0][SIGNATURE + SIGNED.index(what)] for what in ("k", "num_experts"))
     wrong = [(rank, m) for rank, m in enumerate(messages) if m[LOWEST] < -1 or m[HIGHEST] >= num_experts]
     if wrong:
         where = ", ".join(f"between {m[LOWEST]} and {m[HIGHEST]} on rank {rank}" for rank, m in wrong)
-        raise ExpertIdError(f"experts was {where} of the group; ids must be in [-1, num_experts) = [-1, {num_experts})")
+        instead = _id_instead(min(m[LOWEST] for m in messages), max(m[HIGHEST] for m in messages), num_experts, len(messages))
+        raise ExpertIdError(f"experts was {where} of the group; ids must be in [-1, num_experts) = [-1, {num_experts}){instead}")
     wrong = [(rank, m) for rank, m in enumerate(messages) if m[NOT_FINITE]]
     if wrong:
         where = ", ".join(f"NaN or infinite in {m[NOT_FINITE]} slots on rank {rank}" for rank, m in wrong)
         raise MoECommError(f"weights was {where} of the group; with check=True it must be finite")
+    if k == num_experts > 2 and {(m[LOWEST], m[HIGHEST]) for m in messages if m[TOKENS]} == {(0, 1)}:
+        warnings.warn(
+            f"experts was 0 or 1 in all {k} slots of all tokens; it must be ids, not a map [T, E]. "
+            "Of a map with k experts a token take the ids: experts.topk(k).indices",
+            stacklevel=2,
+        )
     # An upper bound on every rank's T * K sent and R * K received; all ranks know this sum.
     slots = sum(message[TOKENS] for message in messages) * k
     if most is not None and slots > most:
@@ -104,6 +113,14 @@ def check_routing(messages: list[list[int]], most: int | None) -> None:
         raise MoECommError(
             f"experts was of shape {shapes} of the group, {slots} slots; together it must be at most {most}, as int32 indices number them"
         )
+
+
+def _id_instead(lowest: int, highest: int, num_experts: int, ranks: int) -> str:
+    if lowest >= -1 and highest == num_experts:
+        return ". Ids count from 0, and a slot without an expert is -1: experts.masked_fill(experts == num_experts, -1)"
+    if lowest >= -1 and highest < num_experts * ranks:
+        return f". Count the experts of all ranks: num_experts={num_experts * ranks}"
+    return ". Mark a slot without an expert with -1: experts.clamp(min=-1)" if highest < num_experts else ""
 
 
 def _readable(what: str, value: int) -> object:

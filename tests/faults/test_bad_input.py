@@ -22,7 +22,7 @@ T, K, E, D = 3, 2, 4, 5
 
 
 class Wrong(NamedTuple):
-    """A call with one wrong argument, and the whole message that it must raise."""
+    """A call with one wrong argument, and the message that it must raise. What to write instead may follow: tests/test_mistakes.py."""
 
     call: Callable[[], Any]
     error: type[Exception]
@@ -207,12 +207,16 @@ def wrong_slices() -> dict[str, Wrong]:
     }
 
 
+def first_sentence(error: BaseException) -> str:
+    return str(error).split(". ")[0]
+
+
 def assert_each_raises_and_sends_nothing(wrong: dict[str, Wrong], but: list[list[int]] | None = None) -> None:
     """Nothing ``but`` messages of so many bytes to each rank."""
     for name, (call, error, message) in wrong.items():
         with Traffic() as traffic, pytest.raises(error) as raised:
             call()
-        assert str(raised.value) == message, name
+        assert first_sentence(raised.value) == message, name
         assert type(raised.value) is error, name
         assert traffic.bytes == (but or []), name
         assert traffic.collectives == ["all_to_all_single", "alltoall_base_"] * len(traffic.bytes), name  # torch's function, and its op
@@ -331,7 +335,7 @@ def test_ids_out_of_range_on_one_rank_raise_alike_on_all(lowest: int, highest: i
     for error, is_value_error, text in run_ranks(raised_here, 4, calls):
         assert issubclass(error, MoECommError)
         assert is_value_error
-        assert text == message
+        assert text.split(". ")[0] == message
 
 
 def test_ids_out_of_range_are_refused_without_a_group() -> None:

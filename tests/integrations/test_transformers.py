@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import os
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tests.spawn import run_ranks
+import moecomm.functional as mf
+from tests.spawn import RankFailed, run_ranks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers")
@@ -174,6 +175,35 @@ def test_all_experts_of_the_installed_version_are_their_eager_selves() -> None:
             assert far < 1e-5, f"{name}: {far}"  # some compute a step in float32, whatever their dtype
 
 
+@pytest.mark.parametrize("name", ["gpt_oss.GptOssExperts", "muse_spark.MuseSparkExperts"])  # with biases; with a norm behind the experts
+@pytest.mark.parametrize("forward", [False, True])
+def test_what_padding_holds_reaches_no_parameter(name: str, forward: bool) -> None:
+    from moecomm.integrations.transformers import _layer
+
+    module, of = name.split(".")
+    experts = getattr(pytest.importorskip(f"transformers.models.{module}.modeling_{module}"), of)(Config())
+    seed = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=seed)
+    x, weights = torch.randn(11, 32, generator=seed), torch.rand(11, 2, generator=seed)
+    num_experts = experts.down_proj.shape[0]
+    ids = torch.rand(11, num_experts, generator=seed).argsort(1)[:, :2]
+    want = experts(x, ids, weights)
+    wanted = torch.autograd.grad(want.square().sum(), list(experts.parameters()))
+    try:
+        torch.use_deterministic_algorithms(forward)  # what grouped_mm does not write is then NaN, as all of torch.empty
+        y = _layer(experts, x, mf.plan(ids, weights, num_experts, "", max_rows=30, align=4, like=x), {})
+        torch.use_deterministic_algorithms(True)
+        grads = torch.autograd.grad(y.square().sum(), list(experts.parameters()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for got, expected in zip((y, *grads), (want, *wanted), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+expert_parallel = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.distributed.expert_parallel") is None, reason="other implementations are taken from 5.23 on"
+)
 Split = tuple[int, dict[str, int]]  # ranks, and sizes of DistributedConfig
 SPLITS: list[Split] = [
     (2, {"fsdp_size": 2, "ep_size": 2}),
@@ -204,6 +234,7 @@ def here(folder: str, sizes: dict[str, int], options: dict[str, Any]) -> tuple[T
     return whole(out.logits).detach(), {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
+@expert_parallel
 @pytest.mark.parametrize("options", [{}, pytest.param({"max_rows": 40, "align": 8}, marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize("split", [SPLITS[1], *(pytest.param(split, marks=pytest.mark.exhaustive) for split in SPLITS[::2])], ids=str)
 @pytest.mark.parametrize("name", ["Qwen3Moe", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("GptOss", "DeepseekV3"))])
@@ -216,3 +247,33 @@ def test_expert_parallel_a_model_trains_as_on_one_rank(name: str, split: Split, 
     logits = torch.cat([logits for logits, _ in results[:: sizes.get("tp_size", 1)]])
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
     assert_alike(results[0][1], wanted, 1e-5)
+
+
+def compiled_here(folder: str, implementation: str) -> tuple[Tensor, Tensor]:
+    """The logits, and the gradient of a layer's router, where the MoE of each layer is compiled as one graph under TP + EP."""
+    from transformers.distributed import DistributedConfig
+
+    import moecomm.integrations.transformers  # noqa: F401
+
+    config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation=implementation)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="aot_eager", fullgraph=True)
+    logits = model(input_ids=batch()).logits
+    logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), model.model.layers[0].mlp.gate.weight)[0]
+
+
+@expert_parallel
+@pytest.mark.exhaustive
+def test_expert_parallel_under_tp_a_layer_is_one_graph_which_that_of_transformers_is_not(tmp_path: Path) -> None:
+    model = model_of("Qwen3Moe")
+    model.save_pretrained(tmp_path)
+    model.set_experts_implementation("eager")
+    want = model(input_ids=batch()).logits
+    (wanted,) = torch.autograd.grad(want.square().sum(), model.model.layers[0].mlp.gate.weight)
+    for logits, grad in run_ranks(compiled_here, 2, str(tmp_path), "moecomm", timeout=300):
+        torch.testing.assert_close(logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    with pytest.raises(RankFailed, match="Could not guard on data-dependent expression"):
+        run_ranks(compiled_here, 2, str(tmp_path), "all_to_all", timeout=300)

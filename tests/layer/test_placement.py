@@ -411,7 +411,7 @@ def refused_here() -> None:
         for call, sent in calls:
             with Traffic() as traffic, pytest.raises(error) as raised:
                 call()
-            assert str(raised.value) == message, name
+            assert str(raised.value).split(". ")[0] == message, name
             assert traffic.bytes == [[8 * LENGTH] * 2] * sent
             assert len(traffic.collectives) == 2 * sent  # torch's function, and its op
     with pytest.raises(ValueError, match="num_experts was 0; it must be at least 1"):

@@ -29,6 +29,7 @@ from moecomm.ops.rows.quantize import quantize
 from moecomm.ops.rows.wire_formats import WIRES, blocks
 from tests import reference
 from tests.compile.graphs import exchanges, keeping, unbacked
+from tests.faults.test_bad_input import first_sentence
 from tests.layer.test_layer import Problem
 from tests.ops.cases import COMPOSED, IN_FLIGHT
 from tests.ops.rows.test_quantize import bound
@@ -372,7 +373,7 @@ def wrong_here() -> list[tuple[type[Exception], str]]:
         for call in calls:
             with pytest.raises((TypeError, ValueError)) as error:
                 call()
-            raised.append((type(error.value), str(error.value)))
+            raised.append((type(error.value), first_sentence(error.value)))
     assert traffic.collectives == []
     return raised
 

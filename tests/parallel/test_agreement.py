@@ -60,6 +60,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "4 experts, then 8": lambda: two_plans(4, 8),
     "8 experts, then 4": lambda: two_plans(8, 4),
 }
+NO_EXPERT = "Ids count from 0, and a slot without an expert is -1: experts.masked_fill(experts == num_experts, -1)"
 SAME = "it must be the same on every rank"
 CASES = [
     ("plan", "static", "function was plan on rank 0, plan with max_rows on rank 1 of the group"),
@@ -182,8 +183,9 @@ LATER: dict[str, tuple[Callable[[mf.Plan, mf.Plan], object], Callable[[mf.Plan, 
     "a companion of another T": (
         lambda first, second: mf.dispatch([torch.ones(T, D), torch.ones(T)], first),
         lambda first, second: mf.dispatch([torch.ones(T, D), torch.ones(T + 1)], first),
-        "what was passed was as it must be on rank 0, refused (x was of shape [7]; it must be of shape [6, ...], the plan's T = 6) on "
-        "rank 1 of the group; dispatch must be called alike on every rank",
+        "what was passed was as it must be on rank 0, refused (x was of shape [7]; it must be of shape [6, ...], the plan's T = 6. "
+        "Make the plan of the same tokens: plan = mf.plan(experts, weights, num_experts, like=x)) on rank 1 of the group; dispatch "
+        "must be called alike on every rank",
     ),
     "gradients of x": (
         lambda first, second: mf.dispatch(torch.ones(T, D, requires_grad=True), first),
@@ -276,7 +278,7 @@ def test_check_finds_weights_that_are_not_finite_and_ids_out_of_range_on_every_r
             assert text == "weights was NaN or infinite in 2 slots on rank 1 of the group; with check=True it must be finite"
     for error, text in run_ranks(faulty, 2, max_rows, 1.0, E):
         assert error is ExpertIdError
-        assert text == f"experts was between 0 and {E} on rank 1 of the group; ids must be in [-1, num_experts) = [-1, {E})"
+        assert text == f"experts was between 0 and {E} on rank 1 of the group; ids must be in [-1, num_experts) = [-1, {E}). {NO_EXPERT}"
 
 
 @pytest.mark.parametrize("max_rows", [None, T])

@@ -15,11 +15,12 @@ PARALLELISM = "tutorials/02_parallelism.py"
 FROM_FASTMOE = "tutorials/03_from_fastmoe.py"
 TWO_LEVELS = "tutorials/05_two_levels.py"
 PLANNER = "tutorials/06_planner.py"
+TRANSFORMERS = "tutorials/07_transformers.py"
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
 INSTALLED = {"moecomm/ops/": "ops/", "moecomm/compile/": "compile/"}  # where the files of an installed package are in this repository
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/functions.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/functions.md", "docs/pypi.md"])
 def test_the_snippets_of_a_document_run(document: str) -> None:
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert snippets
@@ -79,6 +80,15 @@ def test_the_tutorial_for_users_of_fastmoe_trains_the_same_on_four_ranks(tmp_pat
     # Both print four digits; ten steps in bfloat16 agreed in all of them.
     alone, together = (errors(run_script(ROOT / FROM_FASTMOE, ranks, tmp_path))["it"] for ranks in (1, 4))
     assert together == pytest.approx(alone, rel=5e-3)
+
+
+@pytest.mark.exhaustive
+def test_a_model_of_transformers_trains_on_four_ranks_and_loads_without_moecomm(tmp_path: Path) -> None:
+    printed = run_script(ROOT / TRANSFORMERS, 4, tmp_path)
+    before, after, unigram = map(float, re.findall(r"byte: (\S+) before, (\S+) after .* has (\S+)", printed)[0])
+    assert after < unigram < before
+    assert float(re.findall(r"difference of a logit: (\S+)", printed)[0]) < 1e-4
+    assert "moecomm" not in (tmp_path / "runs" / "transformers" / "trained" / "config.json").read_text()
 
 
 def test_the_first_tutorial_is_short() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import typing
 import venv
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -66,11 +70,21 @@ def sources(folder: Path) -> set[str]:
 def test_a_wheel_made_of_the_sdist_has_every_source_and_works_outside_the_checkout(tmp_path: Path) -> None:
     source, built, wheels, environment = (tmp_path / name for name in ("source", "built", "wheels", "environment"))
     copy_of_the_checkout(source)
+    rooms = ("moecomm", "ops", "compile", "tests", "tutorials", "benchmarks", "docs")
+    files = {str(path.relative_to(source)) for room in rooms for path in (source / room).rglob("*") if path.is_file()}
     run(sys.executable, "-c", f"import setuptools.build_meta as build; build.build_sdist({str(built)!r})", cwd=source)
     [sdist] = built.iterdir()
+    with tarfile.open(sdist) as archive:
+        assert files | {"Makefile", "conftest.py", "constraints.txt", "requirements.lock", "README.md", "CHANGELOG.md"} <= {
+            name.partition("/")[2] for name in archive.getnames()
+        }
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, sdist, cwd=tmp_path)
     [wheel] = wheels.iterdir()
     names = zipfile.ZipFile(wheel).namelist()
+    metadata = message_from_string(zipfile.ZipFile(wheel).read(f"moecomm-{moecomm.__version__}.dist-info/METADATA").decode())
+    assert {"Summary", "Author", "License-Expression", "License-File", "Keywords", "Classifier", "Requires-Python"} <= set(metadata)
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert re.findall(r"\]\((?!https://)[^)]*\)", metadata.get_payload()) == []  # on PyPI a link between files leads nowhere
     assert {name.split("/")[0] for name in names} == {"moecomm", f"moecomm-{moecomm.__version__}.dist-info"}
     assert {name for name in names if name.endswith(".py")} == sources(CHECKOUT)
 
@@ -91,6 +105,14 @@ def test_an_editable_install_runs_the_checkout(tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, "-e", source, cwd=tmp_path)
     for path in run(python, "-c", LAYER, cwd=tmp_path).split():
         assert Path(path).is_relative_to(source)
+
+
+def test_every_file_has_the_same_version() -> None:
+    citation = re.findall(r"^version: (.*)$", (CHECKOUT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert [tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"], *citation] == [moecomm.__version__] * 2
+    heading, *released = re.findall(r"^## \[(.*)$", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading == "Unreleased]"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", each) for each in released)
 
 
 IMPORTS = """
