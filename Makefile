@@ -83,7 +83,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 docs: $(READY)  ## the documentation site, into build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)  ## ratios to floors and to other ways of the same layer, into benchmarks/results and docs/benchmarks.md: under 10 minutes on 2 cores
 	for each in floors layer cpu_time experts kept sweep links figures; do $(BIN)/python -m benchmarks.$$each || exit 1; done

@@ -141,7 +141,7 @@ PUBLIC = public()
 
 def linked(text: str) -> str:
     """Names of public functions in single backticks, and pages of docs/, as links. Code in fences stays."""
-    text = re.sub(r"(?<![`/\w])docs/(\w+)\.md", r"[docs/\1.md](../\1.html)", text)
+    text = re.sub(r"(?<![`/\w])docs/(\w+)\.md", r"[docs/\1.md](../\1.md)", text)
     parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else NAME.sub(_link, part) for part in parts)
 

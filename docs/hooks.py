@@ -24,7 +24,8 @@ README = re.compile(r"^<!-- README: (.+) -->$", re.MULTILINE)
 PICTURES = (".png", ".svg")
 
 
-def on_config(config: Any) -> None:
+def on_startup(**_: Any) -> None:
+    """Before mkdocstrings looks for the package: it forgets a folder that is not there yet."""
     shutil.rmtree(PACKAGE, ignore_errors=True)
     for folder, installed in (("moecomm", ""), ("ops", "ops"), ("compile", "compile")):
         shutil.copytree(ROOT / folder, PACKAGE / "moecomm" / installed, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)

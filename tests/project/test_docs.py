@@ -20,7 +20,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT))
 INSTALLED = {"moecomm/ops/": "ops/", "moecomm/compile/": "compile/"}  # where the files of an installed package are in this repository
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/functions.md", "docs/pypi.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/functions.md", ".github/pypi.md"])
 def test_the_snippets_of_a_document_run(document: str) -> None:
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert snippets

@@ -153,7 +153,7 @@ All before anything is sent.
 y = f(x)
 ```
 
-**Backward:** to ``x``, as in [`combine`][moecomm.functional.combine]. [docs/plan.md](../plan.html) has more.
+**Backward:** to ``x``, as in [`combine`][moecomm.functional.combine]. [docs/plan.md](../plan.md) has more.
 
 | a | what |
 | --- | --- |
@@ -197,7 +197,7 @@ def site() -> dict[Path, Page]:
     with (ROOT / "build" / "site.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may run other tests of this file
         if not (SITE / "index.html").exists() or (SITE / "index.html").stat().st_mtime < newest():
-            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # quiet would count no warning
             built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
             assert built.returncode == 0, built.stdout + built.stderr
     return {path: read(path) for path in SITE.rglob("*.html")}
