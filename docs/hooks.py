@@ -2,6 +2,7 @@
 
 - A link out of docs/ leads to a page of the site that shows the file; a picture there is copied.
 - A file of the repository that a page names in backticks is linked, too.
+- A function at the head of a table's row is a link to its entry in the reference.
 - ``<!-- README: heading -->`` shows that section of README.
 - The reference reads the package as it is installed: `moecomm.ops` and `moecomm.compile` lie beside it here.
 """
@@ -21,10 +22,12 @@ PACKAGE = ROOT / "build" / "package"
 LINK = re.compile(r"\]\((?!\w+:)([\w./-]+)((?:#[\w-]+)?)\)")
 NAMED = re.compile(r"(?<![`\[])`((?:moecomm|ops|compile|tests|tutorials|benchmarks)/[\w./-]+\.py)`(?!\])")
 README = re.compile(r"^<!-- README: (.+) -->$", re.MULTILINE)
+ROW = re.compile(r"^\| (`(\w+)(?:\([^`]*\))?`) \|", re.MULTILINE)
+ENTRY = re.compile(r"^::: (moecomm\.functional\.(\w+))$", re.MULTILINE)
 PICTURES = (".png", ".svg")
 
 
-def on_config(config: Any) -> None:
+def on_startup(**_: Any) -> None:  # before the reference's handler looks for the folder
     shutil.rmtree(PACKAGE, ignore_errors=True)
     for folder, installed in (("moecomm", ""), ("ops", "ops"), ("compile", "compile")):
         shutil.copytree(ROOT / folder, PACKAGE / "moecomm" / installed, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
@@ -58,6 +61,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
         return markdown
     of = uri.removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}"
     markdown = README.sub(lambda found: relinked(section(found[1]), "README.md", uri), markdown)
+    entries = {name: identifier for identifier, name in ENTRY.findall(text_of("docs/reference/functional.md"))}
+    markdown = ROW.sub(lambda found: f"| [{found[1]}][{entries[found[2]]}] |" if found[2] in entries else found[0], markdown)
     return relinked(markdown, of, uri)
 
 
