@@ -57,9 +57,7 @@ def _layer(experts: Any, x: Tensor, plan: mf.Plan, wires: dict[str, Any]) -> Ten
     if getattr(experts, "has_post_expert_norm", False):  # the norm of a weighted row is not the weighted norm of the row
         y = _linear(h, experts.down_proj, plan.offsets, experts.is_transposed)
         y = y if expert is None else y + experts.down_proj_bias[expert]
-        y = y.masked_fill(
-            (plan.row_order < 0).unsqueeze(1), 0
-        )  # grouped_mm does not write padding: a NaN in it is NaN in the norm's gradient
+        y = y.masked_fill((plan.row_order < 0).unsqueeze(1), 0)  # grouped_mm does not write padding: it may be NaN
         return mf.combine(experts.post_expert_norm(y), plan, dtype=x.dtype, **wires)
     weights = mf.row_weights(plan).unsqueeze(1)  # [N, 1]
     y = _linear((h * weights).to(h.dtype), experts.down_proj, plan.offsets, experts.is_transposed)

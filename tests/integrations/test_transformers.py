@@ -117,12 +117,13 @@ def test_a_model_generates_the_same_text_with_a_cache(name: str) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_a_model_is_one_graph_and_the_same(name: str) -> None:
-    model = model_of(name)
+    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)  # 5.17 cannot trace its fallback's backward, for float32
+    model = model_of(name, torch.bfloat16 if old else torch.float32)
     want = step(model, "eager")[0]
     model.set_experts_implementation("moecomm")
     torch._dynamo.reset()
     got = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=batch()).logits
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
+    torch.testing.assert_close(got, want, rtol=0, atol=(6e-2 if old else 1e-5) * want.abs().max().item())
 
 
 def expert_classes() -> dict[str, type[nn.Module]]:

@@ -85,8 +85,8 @@ def test_the_tutorial_for_users_of_fastmoe_trains_the_same_on_four_ranks(tmp_pat
 @pytest.mark.exhaustive
 def test_a_model_of_transformers_trains_on_four_ranks_and_loads_without_moecomm(tmp_path: Path) -> None:
     printed = run_script(ROOT / TRANSFORMERS, 4, tmp_path)
-    before, after, unigram = map(float, re.findall(r"byte: (\S+) before, (\S+) after .* has (\S+)", printed)[0])
-    assert after < unigram < before
+    after, unigram = map(float, re.findall(r"byte: (\S+) after .* a unigram has ([\d.]+)", printed)[0])
+    assert after < unigram
     assert float(re.findall(r"difference of a logit: (\S+)", printed)[0]) < 1e-4
     assert "moecomm" not in (tmp_path / "runs" / "transformers" / "trained" / "config.json").read_text()
 
