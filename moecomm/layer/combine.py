@@ -121,11 +121,11 @@ def slot_weights(plan: Plan) -> Tensor:
 
 
 def _combine(rows: Tensor, weights: Tensor | None, plan: Plan, wire: str | None, backward_wire: str | None) -> Tensor:
-    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
+    flat = rows if rows.dim() == 2 else rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))  # [N, D]
     if wire is not None or backward_wire is not None:
         y = call(combine_wire, flat, weights, *indices(plan), plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
         y = call(weighted_sum, flat, weights, plan.row_order, plan.row_position)
     else:
         y = call(ops.combine, flat, weights, *indices(plan), plan.group)  # [T, D]
-    return y.reshape(y.shape[0], *rows.shape[1:])
+    return y if rows.dim() == 2 else y.reshape(y.shape[0], *rows.shape[1:])  # no view: FSDP2 hangs hooks on results

@@ -171,11 +171,11 @@ def _dispatch(x: Tensor, plan: Plan, wire: str | None, backward_wire: str | None
     if x.is_complex():  # as real and imaginary parts: the backward adds up real numbers
         parts = torch.view_as_real(x.resolve_conj())  # [T, ..., 2]
         return torch.view_as_complex(_dispatch(parts, plan, wire, backward_wire))
-    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
+    flat = x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))  # [T, D]
     if wire is not None or backward_wire is not None:
         rows = call(dispatch_wire, flat, *indices(plan), plan.group, wire, backward_wire)
     elif plan.send_order is None or plan.send_position is None:
         rows = call(gather, flat, plan.row_order, plan.row_position)
     else:
         rows = call(ops.dispatch, flat, *indices(plan), plan.group)  # [N, D]
-    return rows.reshape(rows.shape[0], *x.shape[1:])
+    return rows if x.dim() == 2 else rows.reshape(rows.shape[0], *x.shape[1:])  # no view: FSDP2 hangs hooks on results

@@ -255,3 +255,12 @@ def test_a_tree_of_tensors_of_any_dtype_and_rank_travels_as_its_tokens_do(ranks:
             rounded = {"rtol": 4 * torch.finfo(sent.dtype).eps, "atol": 0.0}
             torch.testing.assert_close(got, want.to(sent.dtype), **rounded)
             torch.testing.assert_close(grad, taken[own].view(shape).expand_as(want).to(sent.dtype), **rounded)
+
+
+def test_rows_and_results_are_no_views() -> None:
+    """FSDP2 warns of a view: changed in place, it would lose the hook that gathers parameters for the backward."""
+    weights, experts = mf.route(torch.randn(6, 4), 2)
+    a_plan = mf.plan(experts, weights, 4)
+    rows = mf.dispatch(torch.randn(6, 3, requires_grad=True), a_plan)
+    assert not rows._is_view()
+    assert not mf.combine(rows, a_plan)._is_view()
