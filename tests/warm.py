@@ -19,7 +19,7 @@ def layer(x: torch.Tensor) -> torch.Tensor:
     return mf.combine(mf.dispatch(x, plan), plan)
 
 
-# A process that has started autograd's threads, which it does where there is a GPU, cannot be forked: without gradients none start.
-x = torch.ones(3, 2, requires_grad=not torch.cuda.is_available())
+# A process that has started autograd's threads, which torch built for GPUs does, cannot be forked: without gradients none start.
+x = torch.ones(3, 2, requires_grad=not torch.backends.cuda.is_built())
 torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
 torch._dynamo.reset()
