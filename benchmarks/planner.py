@@ -44,10 +44,10 @@ from tutorials.demo.model import Shape
 from tutorials.demo.options import parse
 from tutorials.demo.splits import microbatches
 
-RANKS = (2, 4, 8)
+ROUNDS = {2: 3, 4: 2, 8: 1}  # of all splits of so many ranks
 SEARCHED = (64, 4096)
 SHAPE, BATCH = Shape(context=128), 16
-STEPS, ROUNDS = 5, 3
+STEPS = 5
 CALIBRATED = 8  # so many splits after another
 RATES, TIMES = ("matmul", "grouped", "attention", "copy", "stream"), ("launch", "routed", "sliced")
 
@@ -67,7 +67,11 @@ class Measured(NamedTuple):
 
 
 def main() -> None:
-    command("planner", measure, lambda device: {"shape": SHAPE._asdict(), "batch": BATCH, "steps": STEPS, "rounds": ROUNDS}, __doc__)
+    command("planner", measure, sizes, __doc__)
+
+
+def sizes(device: str) -> Line:
+    return {"shape": SHAPE._asdict(), "batch": BATCH, "steps": STEPS, "rounds": list(ROUNDS.items())}
 
 
 def measure(device: str, memory: str) -> list[Line]:
@@ -75,7 +79,7 @@ def measure(device: str, memory: str) -> list[Line]:
     if memory != WARM:
         return []
     lines = [searched(ranks) for ranks in SEARCHED]
-    for ranks in RANKS:
+    for ranks in ROUNDS:
         candidates = list(auto.candidates(options_of(ranks), SHAPE))
         of_ranks = run_ranks(here, ranks, [split for split, _ in candidates], timeout=1800)
         layer = statistics.median(step.yardstick for _, every in of_ranks for each in every for step in each.steps)
@@ -89,7 +93,7 @@ def measure(device: str, memory: str) -> list[Line]:
 def here(every: list[Split]) -> tuple[list[tuple[Cluster, float]], list[Measured]]:
     """Calibrations with the yardstick beside them, and the steps of every split between them, on this rank, in several rounds."""
     clusters, measured = [], [Measured([], 0, 0) for _ in every]
-    for number in range(ROUNDS):
+    for number in range(ROUNDS[dist.get_world_size()]):
         for i, split in enumerate(every):
             if i % CALIBRATED == 0:
                 clusters.append(calibrated())

@@ -16,12 +16,13 @@ def planner(results: Line) -> str:
     ranks = sorted({line["ranks"] for line in lines})
     rows = [summary(f"{count} ranks", found(lines, ranks=count)) for count in ranks] + [summary("all", lines)]
     shape = about["shape"]
+    rounds = ", ".join(f"{number} with {count} ranks" for count, number in about["rounds"])
     ran_on = (
         f"The demo's model: {shape['layers']} layers, D = {shape['dim']}, H = {shape['hidden']}, E = {shape['experts']}, "
         f"K = {shape['top_k']}, {about['batch']} sequences of {shape['context']} tokens a step; float32, eager. Measured: the median of "
-        f"{about['rounds']} times {about['steps']} steps, by the CPU time of the ranks, times the ranks of a core, at the machine's median "
-        "speed. A step takes that if no core idles and nobody else uses the machine. On the wall's clock, with what else ran, steps took "
-        f"{slower(lines):.1f} times as long (median)."
+        f"{about['steps']} steps a round (rounds: {rounds}), by the CPU time of the ranks, times the ranks of a core, at the machine's "
+        "median speed. A step takes that if no core idles and nobody else uses the machine. On the wall's clock, with what else ran, steps "
+        f"took {slower(lines):.1f} times as long (median)."
     )
     header = [
         "splits of",
