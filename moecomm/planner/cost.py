@@ -28,8 +28,8 @@ DENSE_PASSES = 30  # two norms (10), rotations (8), two residual sums (6), the h
 # ... and for a row of an expert, times D and times H.
 ROW_PASSES, HIDDEN_PASSES = 8, 15  # gather, weighted sum and both backwards; SwiGLU (5) and its backward (10)
 # What sharded parameters cost the host, in launches of a layer, measured with the demo: hooks around a layer in every microbatch ...
-HOOKS = 1.25
-SHARDED = 0.45  # ... and clipping and the optimizer once a step
+HOOKS = 0.6
+SHARDED = 1.8  # ... and clipping and the optimizer once a step
 UPDATE_PASSES = 10  # of a parameter: its gradient's norm and clipping (3), parameter, gradient, moments in (4) and out (3)
 LOSS_PASSES = 8  # of a logit: to float32, log-softmax, its backward
 
