@@ -19,6 +19,7 @@ def layer(x: torch.Tensor) -> torch.Tensor:
     return mf.combine(mf.dispatch(x, plan), plan)
 
 
+torch.set_num_threads(1)  # a fork of a process that has started OpenMP's threads waits for ever where it wants more than one
 # A process that has started autograd's threads, which torch built for GPUs does, cannot be forked: without gradients none start.
 x = torch.ones(3, 2, requires_grad=not torch.backends.cuda.is_built())
 torch.compile(layer, backend="aot_eager", fullgraph=True)(x)

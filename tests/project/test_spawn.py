@@ -152,3 +152,16 @@ def unpicklable_here() -> object:
 def test_an_answer_that_cannot_be_sent_back_is_a_failure_with_a_traceback() -> None:
     with pytest.raises(RankFailed, match="rank 0: Traceback"):
         run_ranks(unpicklable_here, 1)
+
+
+def with_two_threads() -> float:
+    torch.set_num_threads(2)
+    try:
+        return torch.embedding_bag(torch.ones(4096, 256), torch.arange(4096), torch.arange(0, 4096, 8))[0].mean().item()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_rank_may_use_several_threads() -> None:
+    """It waits for ever if the fork server has started OpenMP's threads."""
+    assert run_ranks(with_two_threads, 2, timeout=60) == [8.0, 8.0]
