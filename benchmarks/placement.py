@@ -4,7 +4,7 @@
 
 The trace is the gate of a real training: counts [snapshots, layers, P, E], one every 10 iterations. Each way of `benchmarks/balancers.py`
 chooses from one snapshot and is measured at the next. Without ``--trace`` it is a generated one of like skew and drift. Then a layer on 2
-and 4 gloo ranks is timed, with Zipf loads that drift, with and without moves. On 2 cores, 4 ranks wait for a core and not for the fullest.
+and 4 gloo ranks is timed, with Zipf loads that drift, with and without moves. With 2 cores, 4 ranks share them.
 """
 
 from __future__ import annotations
