@@ -2,6 +2,7 @@
 
 - A link out of docs/ leads to a page of the site that shows the file; a picture there is copied.
 - A file of the repository that a page names in backticks is linked, too.
+- A function at the head of a table's row is a link to its entry in the reference.
 - ``<!-- README: heading -->`` shows that section of README.
 - The reference reads the package as it is installed: `moecomm.ops` and `moecomm.compile` lie beside it here.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ PACKAGE = ROOT / "build" / "package"
 LINK = re.compile(r"\]\((?!\w+:)([\w./-]+)((?:#[\w-]+)?)\)")
 NAMED = re.compile(r"(?<![`\[])`((?:moecomm|ops|compile|tests|tutorials|benchmarks)/[\w./-]+\.py)`(?!\])")
 README = re.compile(r"^<!-- README: (.+) -->$", re.MULTILINE)
+ROW = re.compile(r"^\| (`(\w+)(?:\([^`]*\))?`) \|", re.MULTILINE)
+ENTRY = re.compile(r"^::: (moecomm\.functional\.(\w+))$", re.MULTILINE)
 PICTURES = (".png", ".svg")
 
 
@@ -59,6 +63,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
         return markdown
     of = uri.removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}"
     markdown = README.sub(lambda found: relinked(section(found[1]), "README.md", uri), markdown)
+    markdown = ROW.sub(lambda found: f"| [{found[1]}][{entries()[found[2]]}] |" if found[2] in entries() else found[0], markdown)
     return relinked(markdown, of, uri)
 
 
@@ -72,6 +77,12 @@ def relinked(markdown: str, of: str, uri: str) -> str:
         return f"[{found[0]}]({os.path.relpath(place(path), here)})" if (ROOT / path).is_file() else found[0]
 
     return NAMED.sub(named, markdown)
+
+
+@cache
+def entries() -> dict[str, str]:
+    """The functions that the reference has, each with its identifier there."""
+    return {name: identifier for identifier, name in ENTRY.findall(text_of("docs/reference/functional.md"))}
 
 
 def text_of(path: str) -> str:
