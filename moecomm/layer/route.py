@@ -151,14 +151,8 @@ def _check(logits: Tensor, k: int, bias: Tensor | None, num_groups: int, top_gro
         wrong_value("top_groups", top_groups, f"between 1 and num_groups = {num_groups}")
     eligible = num_experts // num_groups * top_groups
     if not 1 <= k <= eligible:
-        instead = (
-            ""
-            if k < 1
-            else "Choose fewer: k=min(k, logits.shape[1])"
-            if num_groups == top_groups
-            else "Allow more groups: top_groups=num_groups"
-        )
-        wrong_value("k", k, f"between 1 and {eligible}, the experts that a token may choose from", instead)
+        fewer = "Choose fewer: k=min(k, logits.shape[1])" if num_groups == top_groups else "Allow more groups: top_groups=num_groups"
+        wrong_value("k", k, f"between 1 and {eligible}, the experts that a token may choose from", "" if k < 1 else fewer)
     if bias is None:
         return
     check_tensor("bias", bias, "[E]", dims=1)
