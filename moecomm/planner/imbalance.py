@@ -44,20 +44,20 @@ def imbalance(loads: object, placement: Sequence[Sequence[int]] | torch.Tensor) 
     return float(full.max() / (load.sum() / len(rows)))
 
 
-def read_loads(loads: object) -> tuple[Floats, Floats | None]:
+def read_loads(loads: object, argument: str = "loads") -> tuple[Floats, Floats | None]:
     """The load of each expert, [E], and of each rank's tokens, [P, E], if given so."""
     if isinstance(loads, torch.Tensor):
         if loads.device.type != "cpu":
-            wrong_value("loads", f"on {loads.device}", "on the CPU")
+            wrong_value(argument, f"on {loads.device}", "on the CPU")
         loads = loads.detach().numpy()
     try:
         found = np.asarray(loads, dtype=np.float64)
     except (TypeError, ValueError):
-        wrong_type("loads", type(loads).__name__, "numbers of shape [E] or [P, E]")
+        wrong_type(argument, type(loads).__name__, "numbers of shape [E] or [P, E]")
     if found.ndim not in (1, 2) or found.size == 0:
-        wrong_value("loads", f"of shape {list(found.shape)}", "of shape [E] or [P, E]")
+        wrong_value(argument, f"of shape {list(found.shape)}", "of shape [E] or [P, E]")
     if not (np.isfinite(found).all() and (found >= 0).all()):
-        wrong_value("loads", f"between {found.min()} and {found.max()}", "finite and not negative")
+        wrong_value(argument, f"between {found.min()} and {found.max()}", "finite and not negative")
     return (found, None) if found.ndim == 1 else (np.array([math.fsum(column) for column in found.T.tolist()]), found)
 
 
@@ -70,5 +70,5 @@ def read_placement(placement: Sequence[Sequence[int]] | torch.Tensor, argument: 
         found = np.empty(0)
     if found.ndim != 2 or found.size == 0 or found.dtype.kind not in "iu":
         wrong_value(argument, repr(placement)[:200], "[P, L] ints, 1 or more experts on each rank")
-    check_rows(found.tolist(), experts)
+    check_rows(found.tolist(), experts, argument)
     return found.astype(np.int64)

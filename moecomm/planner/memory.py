@@ -8,8 +8,8 @@ products. A token of a rank keeps these numbers in a layer, D for the model's wi
     queries, keys and values, and queries and keys again after their rotation                    heads' widths
     the heads' result                                                                            heads' width
     the input of the gate                                                                        D
-    rows in the experts' order, and their results                                                2 D a row
-    up projection, silu and product                                                              4 H a row
+    rows in the experts' order                                                                   D a row
+    up projection, silu, product, and the product times the row's weight                         5 H a row
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def kept_by_experts(model: Model, split: Split, way: Way, full: Fullest) -> Any:
     d, hidden = model.dim, model.hidden / split.etp
     rows = model.k * split.etp * full.rows
     received = np.where(split.ep > 1, split.ep * split.etp * room(model, split, way, full), np.where(split.etp > 1, split.etp, 0.0)) * d
-    everything = d + rows * (2 * d + 4 * hidden) + 3 * model.shared + 3 * model.experts
+    everything = d + rows * (d + 5 * hidden) + 3 * model.shared + 3 * model.experts
     lean = d + received + rows * 2 * hidden + 3 * model.experts
     return np.select([way.recompute == FULL, way.recompute == LEAN], [received, lean], everything)
 

@@ -81,9 +81,9 @@ def move_experts_(
         if traced():
             wrong_value("move_experts_", "called in traced code", "called between two steps, outside of any graph")
         tensors = list(named_tensors(params).values())
-        before, after = checked_rows(old, ranks), checked_rows(new, ranks)
+        before, after = checked_rows(old, ranks, "old"), checked_rows(new, ranks, "new")
         experts = max(map(max, before)) + 1
-        check_rows(after, experts)
+        check_rows(after, experts, "new")
         if len(before[0]) != len(after[0]):
             wrong_value("new", f"of {len(after[0])} experts on each rank", f"of as many as in old, {len(before[0])}, since shapes stay")
         if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes <= 0):

@@ -12,6 +12,7 @@ import torch
 
 from moecomm.errors import wrong_type, wrong_value
 from moecomm.planner.imbalance import Floats, Ints, read_loads, read_placement
+from moecomm.planner.lasting import lasts
 
 Rows = list[list[int]]
 
@@ -34,6 +35,7 @@ def place(
     links: Links | None = None,
     current: Sequence[Sequence[int]] | torch.Tensor | None = None,
     *,
+    earlier: object = None,
     horizon: float = HORIZON,
     move_cost: float | None = None,
     steps: int | None = None,
@@ -52,6 +54,9 @@ def place(
             then chosen such that most tokens stay inside their node. The imbalance does not change.
         current: the placement now, [P, L]. Without it, the placement is made anew. With it, each
             expert that stays keeps its slot, and experts move only if it pays.
+        earlier: the loads of other steps, before those of ``loads``, [E] or [P, E]. If the experts' order
+            by load then says nothing about their order now, even loads are expected to come. So
+            loads that are new at random each time move next to nothing.
         horizon: the steps for which a new placement is kept. Only for ``current``.
         move_cost: the time of moving one expert with its optimizer state to another rank, in the
             time in which a rank computes one row: bytes / bandwidth * rows per second. Moving m slots
@@ -72,6 +77,10 @@ def place(
     [[0, 2, 1], [0, 3, 1]]
     >>> place([6, 2, 2, 2], ranks=2, slots=2, current=[[0, 1], [2, 3]])  # no swap makes the fullest rank emptier
     [[0, 1], [2, 3]]
+    >>> place([600, 500, 200, 100], ranks=2, slots=2, current=[[0, 1], [2, 3]])
+    [[2, 1], [0, 3]]
+    >>> place([600, 500, 200, 100], 2, 2, current=[[0, 1], [2, 3]], earlier=[100, 500, 200, 600])  # those loads did not last
+    [[0, 1], [2, 3]]
 
     The first placement gives a replica to the expert with the largest load per replica, again and
     again, as EPLB does (https://github.com/deepseek-ai/EPLB). It then deals the replicas to the
@@ -84,6 +93,12 @@ def place(
     """
     load, sources = read_loads(loads)
     _check_sizes(ranks, slots, len(load), links, sources)
+    if earlier is not None:
+        before, _ = read_loads(earlier, "earlier")
+        if len(before) != len(load):
+            wrong_value("earlier", f"of {len(before)} experts", f"of loads' {len(load)}")
+        if not lasts(load, before):
+            load = np.full(len(load), load.sum() / len(load))
     cost = COST * load.sum() / ranks if move_cost is None else move_cost
     steps = max(3, 200 // ranks) if steps is None else steps
     if not (horizon > 0 and cost >= 0 and steps >= 0):
@@ -91,10 +106,10 @@ def place(
     if current is None:
         rows = _search(load, deal(load, replicas(load, ranks, slots), ranks, slots), steps, 0.0, 0.0)
         return (rows if links is None or sources is None else _near(sources, rows, links, 0.0)).tolist()
-    before = read_placement(current, "current", len(load))
-    if before.shape != (ranks, slots):
-        wrong_value("current", f"of shape {list(before.shape)}", f"of shape [ranks, slots] = [{ranks}, {slots}]")
-    rows = _search(load, before, steps, cost / horizon, CHANCE)
+    now = read_placement(current, "current", len(load))
+    if now.shape != (ranks, slots):
+        wrong_value("current", f"of shape {list(now.shape)}", f"of shape [ranks, slots] = [{ranks}, {slots}]")
+    rows = _search(load, now, steps, cost / horizon, CHANCE)
     if links is not None and sources is not None:
         rows = _near(sources, rows, links, 2 * slots * cost / horizon)
     return rows.tolist()

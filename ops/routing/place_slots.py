@@ -56,16 +56,16 @@ def upload(indices: Tensor, device: torch.device) -> Tensor:
     return indices if device.type == "cpu" else indices.pin_memory().to(device, non_blocking=True)
 
 
-def check_rows(rows: list[list[int]], num_experts: int) -> None:
+def check_rows(rows: list[list[int]], num_experts: int, argument: str = "placement") -> None:
     """Raise unless each rank has different experts with ids in range, and all experts are on some rank."""
     for rank, row in enumerate(rows):
         if min(row) < 0 or max(row) >= num_experts:
-            wrong_value("placement", f"{row} on rank {rank}", f"of ids in [0, num_experts) = [0, {num_experts})")
+            wrong_value(argument, f"{row} on rank {rank}", f"of ids in [0, num_experts) = [0, {num_experts})")
         if len(set(row)) < len(row):
-            wrong_value("placement", f"{row} on rank {rank}", "of different experts on a rank")
+            wrong_value(argument, f"{row} on rank {rank}", "of different experts on a rank")
     missing = sorted(set(range(num_experts)).difference(*rows))
     if missing:
-        wrong_value("placement", f"without experts {missing}", f"of all {num_experts} experts, each on some rank")
+        wrong_value(argument, f"without experts {missing}", f"of all {num_experts} experts, each on some rank")
 
 
 def place_fake(experts: Tensor, table: Tensor, num_experts: int, ranks: int, group: str) -> tuple[Tensor, Tensor]:

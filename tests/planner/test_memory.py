@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from moecomm.planner import Memory, Model, Split, Way, parameters
 from moecomm.planner.cost import FULL, LEAN, NONE
-from moecomm.planner.memory import peak
+from moecomm.planner.memory import kept_by_experts, peak
 from moecomm.planner.routing import Fullest
+from tutorials.demo.auto import model_of
+from tutorials.demo.model import Groups, MoE, Shape
 
 MODEL = Model(layers=4, dim=8, hidden=16, experts=8, k=2, heads=4, kv_heads=4, head=2, vocabulary=32, sequence=8, batch=16)
 ALONE = Split(1, 1, 1, 1, 1, 1, 1)
@@ -31,13 +34,33 @@ def test_parameters_and_moments_are_sharded_and_gradients_are_whole_while_microb
 
 def test_a_layer_keeps_the_inputs_of_its_matmuls_norms_and_products() -> None:
     of_attention = 2 * 8 + 8 + (3 + 2) * 8 + 8
-    of_experts = 8 + 2 * (2 * 8 + 4 * 16) + 3 * 8  # and the gate's logits and probabilities
+    of_experts = 8 + 2 * (8 + 5 * 16) + 3 * 8  # and the gate's logits and probabilities
     assert of().activations == TOKENS * 2 * 4 * (of_attention + of_experts)
     split = Split(1, 4, 1, 1, 1, 4, 1)
     received = 4 * 0.5 * 8  # pairs from each of 4 ranks
     lean = of_attention + 8 + received + 2 * 2 * 16 + 3 * 8
     assert of(split, PLAIN._replace(recompute=LEAN)).activations == pytest.approx(TOKENS / 4 * 2 * 4 * lean)
     assert of(split, PLAIN._replace(recompute=FULL)).activations == pytest.approx(TOKENS / 4 * 2 * 4 * (8 + received))
+
+
+@pytest.mark.parametrize("hidden", [32, 256])
+def test_the_demos_experts_keep_as_many_bytes_as_are_predicted(hidden: int) -> None:
+    shape = Shape(hidden=hidden)
+    layer, x = MoE(shape, Groups()), torch.randn(512, shape.dim, requires_grad=True)
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in own:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y, _ = layer(x)
+    predicted = float(kept_by_experts(model_of(shape, 2, torch.float32), ALONE, PLAIN, Fullest(1.0, 1.0)))
+    assert sum(kept.values()) == pytest.approx(512 * 4 * predicted, rel=0.03)
+    del y  # until here it kept all of them
 
 
 def test_the_first_stage_keeps_a_microbatch_for_each_stage() -> None:

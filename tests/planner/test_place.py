@@ -121,6 +121,33 @@ def test_nothing_moves_for_what_chance_does_to_even_loads() -> None:
             assert place(random.multinomial(16 * 8192, [1 / 32] * 32), 16, slots, current=rows) == rows
 
 
+@pytest.mark.parametrize("draw", ["lognormal", "uniform"])
+def test_loads_that_are_new_at_random_each_time_move_next_to_nothing_and_are_no_worse_than_unmoved(draw: str) -> None:
+    random = np.random.default_rng(2)
+    first = rows = place(np.ones(32), 16, 3)
+    loads = [np.rint(1000 * (random.lognormal(0, 1, 32) if draw == "lognormal" else random.random(32))) for _ in range(120)]
+    changed, moved, still = [], [], []
+    for earlier, now, after in zip(loads, loads[1:], loads[2:], strict=False):
+        new = place(now, 16, 3, current=rows, earlier=earlier)
+        changed.append(np.mean(np.array(new) != np.array(rows)))
+        rows = new
+        moved.append(imbalance(after, rows))
+        still.append(imbalance(after, first))
+    assert np.mean(changed) < 0.02
+    assert np.mean(moved) < 1.02 * np.mean(still)
+
+
+def test_loads_that_last_are_placed_as_without_earlier_ones() -> None:
+    random = np.random.default_rng(3)
+    for ranks, experts, slots in ((2, 4, 2), (4, 32, 10)):
+        loads = np.sort(random.lognormal(0, 1, experts) * 1000)
+        rows = place(np.ones(experts), ranks, slots)
+        new = place(loads, ranks, slots, current=rows)
+        assert new != rows
+        assert place(loads, ranks, slots, current=rows, earlier=loads**2) == new  # the same order
+        assert place(loads, ranks, slots, current=rows, earlier=loads[::-1]) == rows
+
+
 def test_moves_are_never_worse_for_the_loads_they_are_made_for() -> None:
     random = np.random.default_rng(1)
     rows = place(np.ones(32), 16, 4)
@@ -193,6 +220,8 @@ def test_tokens_stay_inside_their_node_where_links_are_given() -> None:
 def test_what_is_wrong_is_refused_by_name(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         place(*arguments)
+    with pytest.raises(ValueError, match="earlier was of 3 experts; it must be of loads' 2"):
+        place([1, 1], 1, 2, earlier=[1, 1, 1])
     for wrong in ({"horizon": 0.0}, {"move_cost": -1.0}, {"steps": -1}):
         with pytest.raises(ValueError, match="horizon, move_cost and steps"):
             place([1, 1], 1, 2, **wrong)  # type: ignore[arg-type]
