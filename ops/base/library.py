@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,12 @@ __all__ = [
     "define",
     "differentiable",
     "direct",
+    "function_apply",
     "inlined",
     "jit",
     "tl",
     "tokens_a_block",
+    "trusting",
 ]
 LIBRARY = torch.library.Library("moecomm", "FRAGMENT")
 UNROLLED = 8  # the slots of a token whose rows a kernel reads or writes without waiting for one another
@@ -69,8 +72,8 @@ def on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
 class _Direct(NamedTuple):
     """What runs where the dispatcher is passed by: on the CPU, on a GPU, and where a gradient is required."""
 
-    cpu: Callable[..., Any]
-    cuda: Callable[..., Any]
+    cpu: Callable[..., Any] | None
+    cuda: Callable[..., Any] | None
     apply: Callable[..., Any] | None
 
 
@@ -81,35 +84,80 @@ _EAGER = _KEYS(_KEY.BackendSelect)
 _IDLE = {_EAGER.raw_repr(), (_EAGER | _KEYS(_KEY.ADInplaceOrView)).raw_repr()}
 
 
+class _Trust(threading.local):
+    """Whether this thread is inside `trusting`, and then whether its tensors are on a GPU."""
+
+    cuda: bool | None = None
+
+
+_TRUST = _Trust()
+
+
 def call(op: Any, *args: Any) -> Any:
     """``op(*args)``. In plain eager code the op's implementation runs at once, without torch's dispatcher and its Python.
 
     That saves some 30 us of host time without a gradient, and 60 with one (torch 2.11). The dispatcher gets the op where a mode, a
     transform, a tracer or a profiler wants to see it, or a tensor is not a plain one on the CPU or a GPU.
     """
-    if torch.compiler.is_compiling() or not _idle():
+    if torch.compiler.is_compiling():
         return op(*args)
-    cuda = gradient = False
+    cuda = _TRUST.cuda
+    if cuda is None:
+        cuda = _on_cuda(args)
+        if cuda is None:
+            return op(*args)
+    on_cpu, on_cuda, apply = _DIRECT[op]
+    here = on_cuda if cuda else on_cpu
+    if here is not None and not (torch.is_grad_enabled() and any(type(arg) in _PLAIN and arg.requires_grad for arg in args)):
+        return here(*args)
+    if apply is not None:
+        return _trusting(cuda, apply, *args)
+    with torch.no_grad():
+        return here(*args)
+
+
+def trusting(tensors: Iterable[Any], function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``. If `call` may pass the dispatcher by for ``tensors``, it does so for every op inside, and looks no more.
+
+    ``function`` makes all other tensors that it passes to ops itself, of these.
+    """
+    cuda = None if torch.compiler.is_compiling() else _on_cuda(tensors)
+    return function(*args) if cuda is None else _trusting(cuda, function, *args)
+
+
+def _trusting(cuda: bool, function: Callable[..., Any], *args: Any) -> Any:
+    before, _TRUST.cuda = _TRUST.cuda, cuda
+    try:
+        return function(*args)
+    finally:
+        _TRUST.cuda = before
+
+
+def _on_cuda(args: Iterable[Any]) -> bool | None:
+    """Whether a tensor of ``args`` is on a GPU; None if the dispatcher has to see an op on them."""
+    if not _idle():
+        return None
+    cuda = False
     for arg in args:
         if isinstance(arg, Tensor):
             if not _plain(arg):
-                return op(*args)
-            cuda, gradient = cuda or arg.is_cuda, gradient or arg.requires_grad
-    on_cpu, on_cuda, apply = _DIRECT[op]
-    if not gradient or not torch.is_grad_enabled():
-        return (on_cuda if cuda else on_cpu)(*args)
-    if apply is not None:
-        return apply(*args)
-    with torch.no_grad():
-        return (on_cuda if cuda else on_cpu)(*args)
+                return None
+            cuda = cuda or arg.is_cuda
+    return cuda
 
 
-def direct(op: Any, cpu: Callable[..., Any], cuda: Callable[..., Any], function: type[torch.autograd.Function] | None) -> Any:
-    """Let `call` run an op by these; returns the op."""
-    # autograd.Function's own apply, in Python, is for transforms, which `call` leaves to the dispatcher. What it calls takes half the time.
-    apply = None if function is None else super(torch.autograd.Function, function).apply  # type: ignore[misc]
+def direct(op: Any, cpu: Callable[..., Any] | None, cuda: Callable[..., Any] | None, apply: Callable[..., Any] | None) -> Any:
+    """Let `call` run an op by these, by ``apply`` where a gradient is required or there is nothing else; returns the op."""
     _DIRECT[op] = _Direct(cpu, cuda, apply)
     return op
+
+
+def function_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its apply, without the part in Python: that is for transforms, which `call` leaves to the dispatcher. It takes half the time."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _idle() -> bool:
@@ -124,7 +172,7 @@ def _idle() -> bool:
 def _plain(tensor: Tensor) -> bool:
     """Whether it is a strided tensor on the CPU or a GPU, as it seems, with nothing to be done before it is read."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in _PLAIN
         and (tensor.is_cpu or tensor.is_cuda)
         and tensor.layout is torch.strided
         and not tensor.is_conj()
@@ -156,7 +204,7 @@ def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., A
         return output
 
     named = {"forward": staticmethod(forward), "backward": staticmethod(backward)}  # the name is seen in graphs of autograd and in profiles
-    direct(op, cpu, cuda, type(f"moecomm_{op.name().split('::')[1]}", (torch.autograd.Function,), named))
+    direct(op, cpu, cuda, function_apply(type(f"moecomm_{op.name().split('::')[1]}", (torch.autograd.Function,), named)))
 
 
 def block_of(size: int, most: int) -> int:

@@ -11,12 +11,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moecomm.ops.base.library import call, direct
+
 funcol = torch.ops._c10d_functional  # each op starts an exchange and registers its Work with the tensor that it returns
+
+
+WAIT = funcol.wait_tensor.default
 
 
 def wait(pending: Tensor) -> Tensor:
     """Wait for an exchange that was started, and return its result."""
-    return funcol.wait_tensor(pending)
+    return call(WAIT, pending)
+
+
+def _wait_here(pending: Tensor) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():  # above it torch has a backward in Python, also where nothing needs one (torch 2.13)
+        return WAIT(pending)
+
+
+direct(WAIT, _wait_here, _wait_here, WAIT)
 
 
 def start_all_to_all(rows: Tensor, splits: Sequence[int], group: str) -> Tensor:
