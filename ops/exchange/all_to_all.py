@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,7 +40,7 @@ def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group:
         raise
     if send.shape[1:].numel() == 0:
         return received  # no bytes on any rank
-    out, into = (None, None) if splits is None else (splits[direction].numpy().tolist(), splits[1 - direction].numpy().tolist())
+    out, into = (None, None) if splits is None else (splits.numpy()[direction].tolist(), splits.numpy()[1 - direction].tolist())
     ranks = process_group(group)
     arriving = _bytes(received)
     check = _marked(arriving, into, ranks.size(), what) if arriving.device.type == "cpu" else None
@@ -56,17 +55,18 @@ def _marked(arriving: Tensor, into: list[int] | None, ranks: int, what: str) -> 
     gloo accepts a message that is shorter than what was asked for, and says nothing: the rest of the part keeps what was in its memory.
     A part of less than a mark's 8 bytes has no mark. On a GPU there are none: to read them would be a host synchronization.
     """
-    rows = np.array([arriving.shape[0] // ranks] * ranks if into is None else into)  # from each rank
-    sizes = rows * (arriving.numel() // max(1, arriving.shape[0]))  # in bytes
-    marked = np.flatnonzero(sizes >= MARK)
-    places = np.cumsum(sizes)[marked, None] + np.arange(-MARK, 0)  # [marked ranks, 8]
-    mark = np.frombuffer(os.urandom(MARK), np.uint8)
-    memory = arriving.numpy().reshape(-1)
-    memory[places] = mark
+    memory, mark = memoryview(arriving.view(-1).numpy()), os.urandom(MARK)
+    width = arriving.shape[1] if arriving.dim() > 1 else 0  # bytes of a row
+    ends, end = [], 0  # of the parts that have a mark, with their ranks
+    for rank, rows in enumerate([arriving.shape[0] // ranks] * ranks if into is None else into):
+        end += rows * width
+        if rows * width >= MARK:
+            memory[end - MARK : end] = mark
+            ends.append((rank, end))
 
     def check() -> None:
-        short = marked[(memory[places] == mark).all(1)]
-        if short.size:
+        short = [rank for rank, end in ends if memory[end - MARK : end] == mark]
+        if short:
             raise MoECommError(
                 f"{what} from {', '.join(f'rank {rank}' for rank in short)} of the group came in a shorter message than this rank's; "
                 "dtype and width must be the same on every rank"

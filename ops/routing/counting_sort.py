@@ -35,13 +35,12 @@ def sort_fake(keys: Tensor, bins: int, size: int, padded: bool = False, align: i
 
 def sort_cpu(keys: Tensor, bins: int, size: int, padded: bool = False, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     check_rows(size, align)
-    flat = keys.flatten().numpy()
-    slots = np.flatnonzero(flat >= 0)
+    flat = keys.numpy().ravel()
     # numpy's stable sort of 16-bit integers is a radix sort: 8,192 keys below 64 take 0.03 ms, torch 2.13 takes 0.12 ms (one EPYC core).
-    narrow = flat[slots].astype(np.int8 if bins <= 2**7 else np.int16 if bins <= 2**15 else np.int32)
-    stable = narrow.argsort(kind="stable")
-    slots = slots[stable]
-    ends = narrow[stable].searchsorted(np.arange(bins, dtype=narrow.dtype), side="right")
+    narrow = flat.astype(np.uint8 if bins < 2**8 else np.uint16 if bins < 2**16 else np.uint32)  # -1 becomes the largest
+    slots = narrow.argsort(kind="stable")
+    ends = narrow[slots].searchsorted(np.arange(bins, dtype=narrow.dtype), side="right")
+    slots = slots[: ends[-1]]
     places = np.arange(slots.size, dtype=np.int32)
     if align > 1:
         counts = np.diff(ends, prepend=0)
@@ -49,8 +48,12 @@ def sort_cpu(keys: Tensor, bins: int, size: int, padded: bool = False, align: in
         places += np.repeat((room.cumsum() - room) - (ends - counts), counts).astype(np.int32)
         ends = room.cumsum()
     order, position, offsets = sort_fake(keys, bins, size)
-    order.fill_(-1).numpy()[places] = slots
-    position.view(-1).fill_(-1).numpy()[slots] = places
+    placed, position_of = order.numpy(), position.numpy().reshape(-1)
+    if slots.size < placed.size:
+        placed.fill(-1)
+    if slots.size < position_of.size:
+        position_of.fill(-1)
+    placed[places], position_of[slots] = slots, places
     offsets.numpy()[:] = ends
     return order, position, offsets
 

@@ -111,8 +111,8 @@ def unpack_fake(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tupl
 def unpack_cpu(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     ids, there = unpack_fake(message, k, local, dtype)
     split = k * dtype.itemsize
-    there.view(torch.uint8).copy_(message[:, :split])
-    ids.copy_(message[:, split:].clone(memory_format=torch.contiguous_format).view(_id_dtype(local)))
+    there.view(torch.uint8).numpy()[:] = message.numpy()[:, :split]
+    ids.numpy()[:] = np.ascontiguousarray(message.numpy()[:, split:]).view(f"int{8 * _id_dtype(local).itemsize}")
     return ids, there
 
 

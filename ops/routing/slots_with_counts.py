@@ -35,21 +35,25 @@ def few_fake(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: 
 
 
 def few_cpu(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
-    few = few_fake(experts, weights, keys, local, ranks).zero_()
-    counts = np.bincount(keys.numpy().ravel() + 1, minlength=ranks + 1)[1:]
-    if counts.max() <= most_pairs(width_of(experts.shape[1], local, weights.dtype)):
-        order, _, _ = sort_cpu(keys, ranks, int(counts.sum()))
-        pairs = message_cpu(experts, weights, keys, order, local, False)  # [S, bytes]
-        for row, part in zip(few.view(torch.uint8)[:, WORD:], pairs.split(counts.tolist()), strict=True):
-            row[: part.numel()] = part.view(-1)
-        few[:, 0] = 1
+    few = few_fake(experts, weights, keys, local, ranks)
+    words, width = few.numpy(), width_of(experts.shape[1], local, weights.dtype)
+    words.fill(0)
+    counts = np.bincount(keys.numpy().ravel() + 1, minlength=ranks + 1)[1:].tolist()
+    if max(counts) <= most_pairs(width):
+        order, _, _ = sort_cpu(keys, ranks, sum(counts))
+        pairs = message_cpu(experts, weights, keys, order, local, False).numpy().ravel()
+        rooms, start = words.view(np.uint8)[:, WORD:], 0
+        for room, count in zip(rooms, counts, strict=True):
+            room[: count * width] = pairs[start : start + count * width]
+            start += count * width
+        words[:, 0] = 1
     return few
 
 
 def take_cpu(messages: Tensor, splits: Tensor, width: int) -> Tensor:
     """[R, width]: the received slots, from the rows of each rank."""
-    rooms = messages.view(torch.uint8)[:, FIRST:]
-    return torch.cat([room[: count * width] for room, count in zip(rooms, splits[1].numpy().tolist(), strict=True)]).view(-1, width)
+    rooms, counts = messages.numpy().view(np.uint8)[:, FIRST:], splits.numpy()[1].tolist()
+    return torch.from_numpy(np.concatenate([room[: count * width] for room, count in zip(rooms, counts, strict=True)]).reshape(-1, width))
 
 
 @jit

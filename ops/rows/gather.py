@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +31,12 @@ def gather_cpu(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
 def gather_rows_cpu(x: Tensor, order: Tensor, k: int) -> Tensor:
     if x.shape[0] == 0:
         return x.new_zeros(order.shape[0], x.shape[1])
-    source = (order if k == 1 else torch.div(order, k, rounding_mode="floor")).long()  # int64 is a tenth faster than int32
-    padding = order < 0
-    if not padding.any():
+    slots = order.numpy()
+    source = torch.from_numpy((slots if k == 1 else slots // k).astype(np.int64))  # index_select is a tenth faster with it than with int32
+    if slots.min(initial=0) >= 0:
         return x.index_select(0, source)
-    rows = x.index_select(0, source.clamp(min=0))
-    rows.view(torch.uint8).masked_fill_(padding.unsqueeze(1), 0)  # as bytes, because not every dtype can be filled
+    rows = x.index_select(0, source.clamp_(min=0))
+    rows.view(torch.uint8).masked_fill_((order < 0).unsqueeze(1), 0)  # as bytes, because not every dtype can be filled
     return rows
 
 
