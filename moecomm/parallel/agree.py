@@ -14,6 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from moecomm.errors import MoECommError
+from moecomm.ops.base.library import call
 from moecomm.ops.base.signature import FUNCTIONS, LENGTH, SIGNATURE, SIGNED, WIDTH, check_agreed, traced
 from moecomm.ops.exchange.collectives import wait
 from moecomm.ops.exchange.messages import gather_objects, messages_exchange, send_without_waiting
@@ -29,7 +30,7 @@ def exchange_messages(sent: Tensor, group: Group, what: str, few: Tensor | None 
     In a group of one it returns ``sent`` [1, WIDTH]. If the exchange fails, the error says that the
     rank waited for ``what``.
     """
-    return sent if group.size == 1 else wait(messages_exchange(sent, few, what, group.name))
+    return sent if group.size == 1 else wait(call(messages_exchange, sent, few, what, group.name))
 
 
 def checksums(function: str, passed: object, device: torch.device, group: Group) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import pad
 
 from moecomm.ops.base.library import UNROLLED, block_of, call, compute_dtype, define, differentiable, jit, tl
 from moecomm.ops.rows.weighted_sum_backward import STEP, weighted_sum_backward
@@ -39,7 +39,7 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
     factors = None if exact is None else exact.to(rows.dtype)  # embedding_bag accepts only the rows' dtype
     if exact is not None and factors is not None and parts == 2:
         bags, factors = torch.stack((bags, bags), 1).flatten(), torch.stack((factors, (exact - factors).to(rows.dtype)), 1).flatten()
-    y = embedding_bag(bags, rows, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
+    y = torch.embedding_bag(rows, bags, starts, mode=0, per_sample_weights=factors, include_last_offset=True)[0]  # mode 0 is the sum
     if weights is not None and exact is not None and parts == 2 and not in_two_parts_cpu(exact, rows.dtype):
         sum_again_cpu(y, rows, weights, position)
     return y

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moecomm.ops.base import library
 from moecomm.ops.base.library import ROOMS, checksum, define
+from moecomm.ops.exchange.slices import define_function
 from moecomm.ops.rows.gather import gather
 
 CHECKOUT = Path(__file__).parents[3]
@@ -105,6 +107,42 @@ def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatc
     op(torch.empty(2))
     assert seen[3:] == [present] * 2
     assert current == [present]
+
+
+def test_inside_trusting_no_tensor_is_looked_at_again_and_an_error_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Tensor] = []
+    plain = library._plain
+    monkeypatch.setattr(library, "_plain", lambda tensor: looked.append(tensor) or plain(tensor))
+
+    class Two(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return library.call(op, library.call(op, x))
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 4 * grad
+
+    def run(x: Tensor) -> Tensor:
+        if not x.numel():
+            raise ValueError("empty")
+        return 2 * x
+
+    op = define("test_trusted(Tensor x) -> Tensor", lambda x: torch.empty_like(x), run, run)
+    two = define_function("test_trusting(Tensor x) -> Tensor", Two)
+    x = torch.ones(3, requires_grad=True)
+    y = library.call(two, x)
+    assert [each is x for each in looked] == [True]
+    y.sum().backward()
+    assert y.tolist() == x.grad.tolist() == [4] * 3
+    looked.clear()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="empty"):
+            library.trusting((x,), lambda: library.call(op, library.call(op, x).new_empty(0)))
+        assert len(looked) == 1
+        looked.clear()
+    with FlopCounterMode(display=False):  # the dispatcher's, all of them
+        assert library.trusting((x,), lambda: library.call(two, x)).tolist() == [4] * 3
 
 
 def test_a_call_passes_the_dispatcher_by_in_plain_eager_code_alone() -> None:
