@@ -144,7 +144,7 @@ def plan(
         if max_rows is None or check:  # the other ranks wait for a message from this rank
             tell_refusal("plan" if max_rows is None else "plan with max_rows", (experts, weights, leaves), ranks)
         raise
-    made = trusting((experts, weights), _dynamic_plan if max_rows is None else _static_plan, routing, max_rows)
+    made = trusting((experts, weights), *((_dynamic_plan, routing) if max_rows is None else (_static_plan, routing, max_rows)))
     if leaves and leaves[0].dtype in SUMMED:
         made = made._replace(dtype=SUMMED.index(leaves[0].dtype))
     if check:
@@ -153,7 +153,7 @@ def plan(
     return made if layout is None else made._replace(layout=layout)
 
 
-def _dynamic_plan(routing: Routing, _: None) -> Plan:
+def _dynamic_plan(routing: Routing) -> Plan:
     """A plan whose sizes follow the routing: the host reads them from the device once."""
     experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
     keys, sent = call(count, experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]

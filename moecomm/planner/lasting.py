@@ -24,7 +24,7 @@ def lasts(load: Floats, earlier: Floats) -> bool:
 
 
 def _centred(load: Floats) -> Ints:
-    """[E]: the rank of each load among all, less the mean, and times 2 E, so that it is whole. Equal loads share the middle of their ranks."""
+    """[E]: the rank of each load among all, less the mean, times 2 E: whole numbers. Equal loads share the middle of their ranks."""
     ordered = np.sort(load)
     twice = ordered.searchsorted(load, "left") + ordered.searchsorted(load, "right")
     return len(load) * twice - twice.sum()

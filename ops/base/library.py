@@ -70,10 +70,13 @@ def on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Direct(NamedTuple):
-    """What runs where the dispatcher is passed by: on the CPU, on a GPU, and where a gradient is required."""
+    """What runs where the dispatcher is passed by: on the CPU, on a GPU, and where a gradient is required.
 
-    cpu: Callable[..., Any] | None
-    cuda: Callable[..., Any] | None
+    An op that is an autograd.Function of other ops has None for the first two: its ``apply`` runs everywhere.
+    """
+
+    cpu: Any
+    cuda: Any
     apply: Callable[..., Any] | None
 
 
@@ -108,10 +111,11 @@ def call(op: Any, *args: Any) -> Any:
             return op(*args)
     on_cpu, on_cuda, apply = _DIRECT[op]
     here = on_cuda if cuda else on_cpu
-    if here is not None and not (torch.is_grad_enabled() and any(type(arg) in _PLAIN and arg.requires_grad for arg in args)):
-        return here(*args)
-    if apply is not None:
+    gradient = torch.is_grad_enabled() and any(type(arg) in _PLAIN and arg.requires_grad for arg in args)
+    if apply is not None and (gradient or here is None):
         return _trusting(cuda, apply, *args)
+    if not gradient:
+        return here(*args)
     with torch.no_grad():
         return here(*args)
 
@@ -147,7 +151,7 @@ def _on_cuda(args: Iterable[Any]) -> bool | None:
 
 
 def direct(op: Any, cpu: Callable[..., Any] | None, cuda: Callable[..., Any] | None, apply: Callable[..., Any] | None) -> Any:
-    """Let `call` run an op by these, by ``apply`` where a gradient is required or there is nothing else; returns the op."""
+    """Let `call` run an op by these; returns the op."""
     _DIRECT[op] = _Direct(cpu, cuda, apply)
     return op
 

@@ -55,7 +55,7 @@ def _marked(arriving: Tensor, into: list[int] | None, ranks: int, what: str) -> 
     gloo accepts a message that is shorter than what was asked for, and says nothing: the rest of the part keeps what was in its memory.
     A part of less than a mark's 8 bytes has no mark. On a GPU there are none: to read them would be a host synchronization.
     """
-    memory, mark = memoryview(arriving.view(-1).numpy()), os.urandom(MARK)
+    memory, mark = arriving.view(-1).numpy().data, os.urandom(MARK)
     width = arriving.shape[1] if arriving.dim() > 1 else 0  # bytes of a row
     ends, end = [], 0  # of the parts that have a mark, with their ranks
     for rank, rows in enumerate([arriving.shape[0] // ranks] * ranks if into is None else into):
