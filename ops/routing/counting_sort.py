@@ -24,6 +24,7 @@ from moecomm.ops.base.library import block_of, define, inlined, jit, tl
 SORT = "counting_sort(Tensor keys, int bins, SymInt size, bool padded=False, int align=1) -> (Tensor, Tensor, Tensor)"
 BOUNDED = "bounded_sort(Tensor keys, int bins, SymInt most) -> (Tensor, Tensor)"
 MOST = 2**31 - 256  # the most keys that int32 indices can number
+SORTED = 2048  # so many keys are sorted with those of -1 among them on a CPU: that is as fast as to leave them out, or faster
 SUB = 64  # the keys that a program of a kernel compares with one another at a time
 BINS = 1024  # the bins that a program of a kernel has in its registers at a time
 FEW = 256  # as many bins one warp adds up beside its other work
@@ -36,11 +37,13 @@ def sort_fake(keys: Tensor, bins: int, size: int, padded: bool = False, align: i
 def sort_cpu(keys: Tensor, bins: int, size: int, padded: bool = False, align: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     check_rows(size, align)
     flat = keys.numpy().ravel()
+    named = np.flatnonzero(flat >= 0) if flat.size > SORTED and flat.min() < 0 else None
+    narrow = flat if named is None else flat[named]
     # numpy's stable sort of 16-bit integers is a radix sort: 8,192 keys below 64 take 0.03 ms, torch 2.13 takes 0.12 ms (one EPYC core).
-    narrow = flat.astype(np.uint8 if bins < 2**8 else np.uint16 if bins < 2**16 else np.uint32)  # -1 becomes the largest
+    narrow = narrow.astype(np.uint8 if bins < 2**8 else np.uint16 if bins < 2**16 else np.uint32)  # -1 becomes the largest
     slots = narrow.argsort(kind="stable")
     ends = narrow[slots].searchsorted(np.arange(bins, dtype=narrow.dtype), side="right")
-    slots = slots[: ends[-1]]
+    slots = slots[: ends[-1]] if named is None else named[slots]
     places = np.arange(slots.size, dtype=np.int32)
     if align > 1:
         counts = np.diff(ends, prepend=0)
