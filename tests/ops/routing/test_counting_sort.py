@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -61,6 +63,21 @@ def check_aligned(keys: Tensor, bins: int, align: int, device: str) -> None:
 )
 def test_keys_begin_at_multiples(tokens: int, k: int, bins: int, align: int, device: str) -> None:
     check_aligned(routing(tokens, k, bins, seed=tokens), bins, align, device)
+
+
+@pytest.mark.parametrize("named", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("bins", [2, 255, 256, 70_000])
+def test_a_cpu_sorts_many_keys_as_few(bins: int, named: float) -> None:
+    generator = torch.Generator().manual_seed(bins)
+    keys = torch.randint(bins, (1500, 2), generator=generator, dtype=torch.int32)
+    keys[torch.rand(keys.shape, generator=generator) >= named] = -1
+    flat = keys.flatten().tolist()
+    want = sorted((i for i, key in enumerate(flat) if key >= 0), key=flat.__getitem__)
+    ends = Counter(flat)
+    order, position, offsets = sort_cpu(keys, bins, len(want))
+    assert order.tolist() == want
+    assert torch.equal(position, inverse(order, *keys.shape))
+    assert offsets.tolist() == list(accumulate(ends[b] for b in range(bins)))
 
 
 def test_more_rows_than_int32_indices_number_are_refused() -> None:
