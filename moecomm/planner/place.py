@@ -117,10 +117,10 @@ def place(
 
 def replicas(load: Floats, ranks: int, slots: int) -> Ints:
     """[E]: the replicas of each expert, P * L in all and at most P of one: the next goes to the largest load per replica."""
-    counts = [1] * len(load)
-    heap = [(-one, expert) for expert, one in enumerate(load.tolist())]
-    heapq.heapify(heap)
-    for _ in range(ranks * slots - len(load)):
+    counts, more = [1] * len(load), ranks * slots - len(load)
+    largest = np.argsort(-load, kind="stable")[:more]  # no other gets a replica
+    heap = list(zip((-load[largest]).tolist(), largest.tolist(), strict=True))  # ordered, so it is a heap
+    for _ in range(more):
         while counts[heap[0][1]] == ranks:
             heapq.heappop(heap)
         expert = heap[0][1]
@@ -217,7 +217,8 @@ def _change(ranks: _Ranks, resting: set[tuple[int, int]]) -> tuple[Ints, list[tu
     # Slot i of the fullest rank is swapped with slot j of rank p: [L, P, L].
     less = ranks.slot[full][:, None, None] - ranks.slot
     swap = np.maximum(top - less, loads[:, None] + less)
-    swap[has[mine][:, :, None] | has[rows, full] | rests | rests[full][:, None, None]] = np.inf
+    taken = has[mine][:, :, None] | rests
+    swap[taken | has[rows, full] | rests[full][:, None, None]] = np.inf
     # Slot j of rank p, a replica, is overwritten by a further replica of slot i's expert: [L, P, L]. The overwritten expert's other
     # replicas get more each.
     spare = counts > 1
@@ -228,7 +229,7 @@ def _change(ranks: _Ranks, resting: set[tuple[int, int]]) -> tuple[Ints, list[tu
     here = np.where(has[rows, full], more, 0.0)
     write = np.maximum(loads[:, None] - ranks.slot + part[:, None, None], rank[:, None, None] + here)
     np.maximum(write, others, out=write)
-    write[has[mine][:, :, None] | ~spare[rows] | rests] = np.inf
+    write[taken | ~spare[rows]] = np.inf
     # Slot i of the fullest rank, a replica, is overwritten by any other expert: [L, E].
     drop = np.maximum(top - share[mine][:, None] + load / (counts + 1), others[full][:, None])
     drop[~spare[mine][:, None] | has[:, full] | rests[full][:, None]] = np.inf
