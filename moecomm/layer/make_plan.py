@@ -144,7 +144,8 @@ def plan(
         if max_rows is None or check:  # the other ranks wait for a message from this rank
             tell_refusal("plan" if max_rows is None else "plan with max_rows", (experts, weights, leaves), ranks)
         raise
-    made = trusting((experts, weights), *((_dynamic_plan, routing) if max_rows is None else (_static_plan, routing, max_rows)))
+    here = experts, weights
+    made = trusting(here, _dynamic_plan, routing) if max_rows is None else trusting(here, _static_plan, routing, max_rows)
     if leaves and leaves[0].dtype in SUMMED:
         made = made._replace(dtype=SUMMED.index(leaves[0].dtype))
     if check:

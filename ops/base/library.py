@@ -85,6 +85,7 @@ _KEYS, _KEY = torch._C.DispatchKeySet, torch._C.DispatchKey
 _EAGER = _KEYS(_KEY.BackendSelect)
 # The states of torch's dispatcher in which it has nothing to do: no mode, no transform, no tracing; the first in inference mode.
 _IDLE = {_EAGER.raw_repr(), (_EAGER | _KEYS(_KEY.ADInplaceOrView)).raw_repr()}
+_PLAIN = (Tensor, torch.nn.Parameter)  # the types of plain tensors: a subclass may do anything
 
 
 class _Trust(threading.local):
@@ -159,9 +160,6 @@ def direct(op: Any, cpu: Callable[..., Any] | None, cuda: Callable[..., Any] | N
 def function_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Its apply, without the part in Python: that is for transforms, which `call` leaves to the dispatcher. It takes half the time."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _idle() -> bool:

@@ -21,6 +21,11 @@ def _id_dtype(local: int) -> torch.dtype:
     return torch.int8 if local <= 2**7 else torch.int16 if local <= 2**15 else torch.int32
 
 
+def _id_name(local: int) -> str:
+    """The same dtype, as numpy names it."""
+    return f"int{8 * _id_dtype(local).itemsize}"
+
+
 def width_of(k: int, local: int, dtype: torch.dtype) -> int:
     """The bytes per pair."""
     return k * (dtype.itemsize + _id_dtype(local).itemsize)
@@ -54,7 +59,7 @@ def message_cpu(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, l
     ids = experts.numpy().astype(np.int32).take(token, axis=0) - first[:, None]  # [S, K]; take is several times faster than [token]
     ids |= -((ids < 0) | (ids >= local)).astype(np.int32)  # all bits set: -1
     out[: pair.size, :split] = _bytes(weights).numpy().take(token, axis=0)
-    out[: pair.size, split:] = ids.astype(f"int{8 * _id_dtype(local).itemsize}").view(np.uint8)
+    out[: pair.size, split:] = ids.astype(_id_name(local)).view(np.uint8)
     if padded:
         padding = order.numpy() < 0
         out[padding, :split] = 0
@@ -112,7 +117,7 @@ def unpack_cpu(message: Tensor, k: int, local: int, dtype: torch.dtype) -> tuple
     ids, there = unpack_fake(message, k, local, dtype)
     split = k * dtype.itemsize
     there.view(torch.uint8).numpy()[:] = message.numpy()[:, :split]
-    ids.numpy()[:] = np.ascontiguousarray(message.numpy()[:, split:]).view(f"int{8 * _id_dtype(local).itemsize}")
+    ids.numpy()[:] = np.ascontiguousarray(message.numpy()[:, split:]).view(_id_name(local))
     return ids, there
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.timing import saved
 from moecomm.planner import Memory, Model, Split, Way, parameters
 from moecomm.planner.cost import FULL, LEAN, NONE
 from moecomm.planner.memory import kept_by_experts, peak
@@ -47,20 +48,9 @@ def test_a_layer_keeps_the_inputs_of_its_matmuls_norms_and_products() -> None:
 def test_the_demos_experts_keep_as_many_bytes_as_are_predicted(hidden: int) -> None:
     shape = Shape(hidden=hidden)
     layer, x = MoE(shape, Groups()), torch.randn(512, shape.dim, requires_grad=True)
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in own:
-            kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y, _ = layer(x)
+    kept = saved(lambda: layer(x), layer.parameters())
     predicted = float(kept_by_experts(model_of(shape, 2, torch.float32), ALONE, PLAIN, Fullest(1.0, 1.0)))
-    assert sum(kept.values()) == pytest.approx(512 * 4 * predicted, rel=0.03)
-    del y  # until here it kept all of them
+    assert kept == pytest.approx(512 * 4 * predicted, rel=0.03)
 
 
 def test_the_first_stage_keeps_a_microbatch_for_each_stage() -> None:
