@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_leaves
 
 from moecomm.errors import SUMMED, check_reverse_mode
@@ -15,14 +16,14 @@ from moecomm.layer.placement import Placement
 from moecomm.layer.plan import Plan
 from moecomm.layer.plan_call import Routing, make_routing
 from moecomm.ops.base.library import call, trusting
-from moecomm.ops.base.signature import traced
+from moecomm.ops.base.signature import SIGNED, traced
 from moecomm.ops.exchange.slots import exchange_slots
 from moecomm.ops.routing.count_pairs import count, rank_keys
-from moecomm.ops.routing.counting_sort import bounded_sort, counting_sort
+from moecomm.ops.routing.counting_sort import bounded_sort, counting_sort, first
 from moecomm.ops.routing.drop_overflow import fit
 from moecomm.ops.routing.read_sizes import checked, plan_sizes
 from moecomm.ops.routing.slots_with_counts import few_slots
-from moecomm.ops.routing.sort_alone import sort_alone
+from moecomm.ops.routing.sort_alone import sort_alone, sort_counted
 from moecomm.parallel.agree import exchange_messages, tell_refusal, ticket
 from moecomm.parallel.dtensor import make_layout, to_local
 from moecomm.parallel.group import GroupLike, resolve_group
@@ -156,16 +157,29 @@ def plan(
 
 def _dynamic_plan(routing: Routing) -> Plan:
     """A plan whose sizes follow the routing: the host reads them from the device once."""
-    experts, weights, num_experts, places, placed, local, signed, check, _, group = routing
-    keys, sent = call(count, experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
+    experts, weights, num_experts, places, placed, local, signed, check, align, group = routing
     if group.size == 1:
+        signed = signed[: SIGNED.index("num_experts") + 1]  # of what ranks must agree on, what is said of the ids
+        order, position, offsets, sent = call(sort_counted, experts, places, local, signed, align, weights if check else None)
         _, _, n, _, _ = call(plan_sizes, sent, sent)
-        return _sorted(routing, places, weights, None, None, None, n, False)
-    messages = exchange_messages(sent, group, COUNTS, call(few_slots, places, weights, keys, local, group.size))
+        n += local * (align - 1)
+        if align > 1:
+            _cover_padding(offsets, n)
+        indices = offsets, weights, _first(order, n), position, None, None, None
+        return Plan(*indices, experts.shape[0], num_experts, group.name)
+    keys, sent = call(count, experts, num_experts, group.size, signed, placed, weights if check else None)  # [T, K], [P, 6 + signature]
+    most = experts.shape[0] * min(experts.shape[1], group.size)
+    order, position, ends = call(counting_sort, keys, group.size, most, True)  # [most], [T, K], [P]
+    messages = exchange_messages(sent, group, COUNTS, call(few_slots, places, weights, keys, order, ends, local))
     s, r, n, splits, few = call(plan_sizes, sent, messages)
-    order, position, _ = call(counting_sort, keys, group.size, s)  # [S], [T, K]
+    order = _first(order, s)  # [S]
     there, ids = call(exchange_slots, weights, places, keys, order, position, local, messages, few, splits, r, group.name)  # [R, K] each
     return _sorted(routing, ids, there, order, position, splits, n, False)
+
+
+def _first(order: Tensor, size: int) -> Tensor:
+    """The first entries of an order, all that are in use."""
+    return order if guard_or_false(order.shape[0] == size) else call(first, order, size)
 
 
 def _static_plan(routing: Routing, max_rows: int) -> Plan:

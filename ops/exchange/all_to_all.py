@@ -28,39 +28,38 @@ RETURN = "return_exchange(Tensor rows, Tensor? splits, SymInt pairs, str group) 
 
 
 def start(send: Tensor, size: int, splits: Tensor | None, direction: int, group: str, what: str = "rows") -> Tensor:
-    """Start the exchange of the rows of ``send``: the [size, ...] tensor that will hold what comes; direction 0 is S -> R, 1 is R -> S.
+    """Start the exchange of the rows of ``send`` [n, D]: the [size, D] tensor that will hold what comes.
 
-    Without ``splits`` as many rows go to each rank and come from it. ``what`` is what an error says of them. Nobody may write to
-    ``send`` from here on: it is read until the exchange is waited for.
+    Direction 0 is S -> R, 1 is R -> S. Without ``splits`` as many rows go to each rank and come from it. ``what`` is what an error says of
+    them. Nobody may write to ``send`` from here on: it is read until the exchange is waited for.
     """
     try:
-        received = send.new_empty(size, *send.shape[1:])
+        received = send.new_empty(size, send.shape[1])
     except RuntimeError as error:
         error.add_note(f"moecomm: no memory for {what}; nothing was sent: the others wait until this rank ends, or the group's timeout")
         raise
-    if send.shape[1:].numel() == 0:
+    if send.shape[1] == 0:
         return received  # no bytes on any rank
-    out, into = (None, None) if splits is None else (splits.numpy()[direction].tolist(), splits.numpy()[1 - direction].tolist())
-    ranks = process_group(group)
-    arriving = _bytes(received)
-    check = _marked(arriving, into, ranks.size(), what) if arriving.device.type == "cpu" else None
-    work = dist.all_to_all_single(arriving, _bytes(send), into, out, group=ranks, async_op=True)
+    out, into = (None, None) if splits is None else splits.numpy().tolist()[:: 1 - 2 * direction]
+    ranks, arriving = process_group(group), received.view(torch.uint8)  # what a backend can send does not depend on the dtype of bytes
+    check = _marked(arriving, into, ranks.size(), what) if arriving.is_cpu else None
+    work = dist.all_to_all_single(arriving, send.view(torch.uint8), into, out, group=ranks, async_op=True)
     register(received, work, what, ranks, check)
     return received
 
 
 def _marked(arriving: Tensor, into: list[int] | None, ranks: int, what: str) -> Callable[[], None]:
-    """Mark the end of each rank's part of ``arriving``, and return a check that raises if a mark is still there.
+    """Mark the end of each rank's part of ``arriving`` [rows, bytes], and return a check that raises if a mark is still there.
 
     gloo accepts a message that is shorter than what was asked for, and says nothing: the rest of the part keeps what was in its memory.
     A part of less than a mark's 8 bytes has no mark. On a GPU there are none: to read them would be a host synchronization.
     """
-    memory, mark = arriving.view(-1).numpy().data, os.urandom(MARK)
-    width = arriving.shape[1] if arriving.dim() > 1 else 0  # bytes of a row
+    rows, width = arriving.shape
+    memory, mark = arriving.numpy().reshape(-1).data, os.urandom(MARK)
     ends, end = [], 0  # of the parts that have a mark, with their ranks
-    for rank, rows in enumerate([arriving.shape[0] // ranks] * ranks if into is None else into):
-        end += rows * width
-        if rows * width >= MARK:
+    for rank, part in enumerate([rows // ranks] * ranks if into is None else into):
+        end += part * width
+        if part * width >= MARK:
             memory[end - MARK : end] = mark
             ends.append((rank, end))
 
@@ -73,11 +72,6 @@ def _marked(arriving: Tensor, into: list[int] | None, ranks: int, what: str) -> 
             )
 
     return check
-
-
-def _bytes(rows: Tensor) -> Tensor:
-    """The rows as bytes: what a backend can send does not depend on their dtype."""
-    return rows.view(rows.shape[0], -1).view(torch.uint8) if rows.shape[0] else rows.new_empty(0, dtype=torch.uint8)
 
 
 def dispatch_fake(x: Tensor, order: Tensor, k: int, splits: Tensor | None, received: int, group: str) -> Tensor:

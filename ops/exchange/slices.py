@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moecomm.errors import wrong_value
-from moecomm.ops.base.library import LIBRARY, define, direct, function_apply
+from moecomm.ops.base.library import LIBRARY, define, direct_function
 from moecomm.ops.base.process_group import process_group
 from moecomm.ops.exchange.collectives import all_gathered, start_all_gather, start_all_to_all, wait
 from moecomm.ops.rows.rank_sum import rank_sum
@@ -174,7 +174,7 @@ def define_function(schema: str, function: type[torch.autograd.Function]) -> Any
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, lambda *args: function.apply(*args), "CompositeImplicitAutograd")
-    return direct(getattr(torch.ops.moecomm, name).default, None, None, function_apply(function))
+    return direct_function(getattr(torch.ops.moecomm, name).default, function)
 
 
 slice_scatter = define_function("slice_scatter(Tensor x, int dim, SymInt? length, int ranks, str group) -> Tensor", _Scatter)

@@ -52,13 +52,13 @@ def count_cpu(
     rank, first, lowest, highest = _ranks(experts, num_experts, ranks, placed)
     keys.numpy()[:] = first.T
     header = message.numpy()
-    header[:] = [0, 0, lowest, highest, experts.shape[0], 0 if weights is None else int(_not_finite(weights)), *signature]
+    header[:] = [0, 0, lowest, highest, experts.shape[0], 0 if weights is None else int(not_finite(weights)), *signature]
     header[:, PAIRS] = np.bincount(first.ravel() + 1, minlength=ranks + 1)[1:]
     header[:, SLOTS] = np.bincount(rank.ravel() + 1, minlength=ranks + 1)[1:]
     return keys, message
 
 
-def _not_finite(weights: Tensor) -> Tensor:
+def not_finite(weights: Tensor) -> Tensor:
     return weights.isfinite().logical_not().sum()
 
 
@@ -160,7 +160,7 @@ def count_triton(
     signed = tuple(signature)  # passed as kernel arguments: a copy from the host would wait for the device
     _message_kernel[(ranks,)](counts, message, blocks, experts.shape[0], num_experts, ranks, signed, BLOCK=256)
     if weights is not None:
-        message[:, NOT_FINITE] = _not_finite(weights)
+        message[:, NOT_FINITE] = not_finite(weights)
     return keys, message
 
 

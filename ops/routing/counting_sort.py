@@ -8,6 +8,7 @@ places; with more than 256 bins a fourth.
 - With ``align`` each key begins and ends at a multiple of it. The gaps in order are -1 as well, so ``padded`` must be set.
 - `bounded_sort` gives each key ``most`` places of its own, from key * most on. A key's entries beyond these get no position; unused places
   have order -1.
+- `first` cuts off the end of an order that was made before the number of keys was known.
 No backward: integers only. `order` and `position` are inverses of each other, as gather and weighted_sum are mirrors of each other.
 """
 
@@ -23,6 +24,7 @@ from moecomm.ops.base.library import block_of, define, inlined, jit, tl
 
 SORT = "counting_sort(Tensor keys, int bins, SymInt size, bool padded=False, int align=1) -> (Tensor, Tensor, Tensor)"
 BOUNDED = "bounded_sort(Tensor keys, int bins, SymInt most) -> (Tensor, Tensor)"
+FIRST = "first(Tensor order, SymInt size) -> Tensor"
 MOST = 2**31 - 256  # the most keys that int32 indices can number
 SORTED = 2048  # so many keys are sorted with those of -1 among them on a CPU: that is as fast as to leave them out, or faster
 SUB = 64  # the keys that a program of a kernel compares with one another at a time
@@ -88,10 +90,10 @@ def _keys_of(keys, i, size, bins):
 
 @jit(varies=("size", "kept", "share"))
 def _histogram_kernel(
-    keys, named, counts, lost, order, size, kept, share, bins,
+    keys, named, counts, seen, order, size, kept, share, bins,
     PADDED: tl.constexpr, NAMED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """counts[block, b], and -1 in the block's share of order; with NAMED also the keys that are lost, as `sort_alone.py` has it."""
+    """counts[block, b], and -1 in the block's share of order. With NAMED also seen[block]: what `_scan_kernel` adds up of the ids."""
     block = tl.program_id(0).to(tl.int64)
     i = block * BLOCK + tl.arange(0, BLOCK)
     key = _keys_of(keys, i, size, bins)
@@ -101,30 +103,59 @@ def _histogram_kernel(
         here = tl.histogram(tl.where(inside, key - start, 0), BINS, mask=inside)
         tl.store(counts + block * bins + b, here, mask=b < bins)
     if NAMED:
-        name = tl.load(named + i, mask=i < size, other=-1).to(tl.int64)
-        tl.store(lost + block, tl.sum(((i < size) & (name != -1) & (key < 0)).to(tl.int32), axis=0))
+        name = tl.load(named + i, mask=i < size, other=0).to(tl.int64)
+        outside = (i < size) & (key < 0)
+        tl.store(seen + block * 4, tl.sum((outside & (name != -1)).to(tl.int64), axis=0))
+        tl.store(seen + block * 4 + 1, tl.sum(outside.to(tl.int64), axis=0))
+        tl.store(seen + block * 4 + 2, tl.min(tl.where(i < size, name, 2**63 - 1), axis=0))
+        tl.store(seen + block * 4 + 3, tl.max(tl.where(i < size, name, -1), axis=0))
     if PADDED:
         for start in range(0, share, BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(order + block * share + at, tl.full([BLOCK], -1, tl.int32), mask=(at < share) & (block * share + at < kept))
 
 
-@jit(varies=("blocks",))
-def _scan_kernel(counts, totals, lost, dropped, blocks, bins, NAMED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """counts[block, b] = the keys b in earlier blocks, and totals[b] = those in all blocks, for TILE bins a program."""
+@jit(varies=("blocks", "size", "tokens"))
+def _scan_kernel(
+    counts, totals, seen, dropped, message, blocks, bins, size, tokens, signature,
+    NAMED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """counts[block, b] = the keys b in earlier blocks, and totals[b] = those in all blocks, for TILE bins a program.
+
+    With NAMED the first program adds up seen: 1 for the number of lost keys, 2 for the message that `count_pairs.py` describes.
+    """
     b = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    so_far, gone = tl.zeros([TILE], tl.int32), tl.zeros([ROWS], tl.int32)
+    so_far = tl.zeros([TILE], tl.int32)
     for start in range(0, blocks, ROWS):
         r = start + tl.arange(0, ROWS)
         at, inside = counts + r.to(tl.int64)[:, None] * bins + b[None, :], (r < blocks)[:, None] & (b < bins)[None, :]
         here = tl.load(at, mask=inside, other=0)
         tl.store(at, so_far[None, :] + tl.cumsum(here, axis=0) - here, mask=inside)
         so_far += tl.sum(here, axis=0)
-        if NAMED:
-            gone += tl.load(lost + r, mask=r < blocks, other=0)
     tl.store(totals + b, so_far, mask=b < bins)
-    if NAMED:
-        tl.store(dropped, tl.sum(gone, axis=0), mask=tl.program_id(0) == 0)
+    if NAMED:  # noqa: SIM102 - one is known to the compiler, the other is not
+        if tl.program_id(0) == 0:
+            lost, outside = tl.zeros([ROWS], tl.int64), tl.zeros([ROWS], tl.int64)
+            lowest, highest = tl.zeros([ROWS], tl.int64) + (2**63 - 1), tl.zeros([ROWS], tl.int64) - 1
+            for start in range(0, blocks, ROWS):
+                r = (start + tl.arange(0, ROWS)).to(tl.int64)
+                if NAMED == 1:
+                    lost += tl.load(seen + r * 4, mask=r < blocks, other=0)
+                else:
+                    outside += tl.load(seen + r * 4 + 1, mask=r < blocks, other=0)
+                    lowest = tl.minimum(lowest, tl.load(seen + r * 4 + 2, mask=r < blocks, other=2**63 - 1))
+                    highest = tl.maximum(highest, tl.load(seen + r * 4 + 3, mask=r < blocks, other=-1))
+            if NAMED == 1:
+                tl.store(dropped, tl.sum(lost, axis=0).to(tl.int32))
+            else:
+                tl.store(message, 0)
+                tl.store(message + 1, size - tl.sum(outside, axis=0))
+                tl.store(message + 2, tl.where(size == 0, -1, tl.min(lowest, axis=0)))
+                tl.store(message + 3, tl.max(highest, axis=0))
+                tl.store(message + 4, tokens)
+                tl.store(message + 5, 0)
+                for word in tl.static_range(len(signature)):
+                    tl.store(message + 6 + word, signature[word])
 
 
 @jit
@@ -202,21 +233,28 @@ def launch(
     align: int = 1,
     named: Tensor | None = None,
     dropped: Tensor | None = None,
+    message: Tensor | None = None,
+    signature: tuple[int, ...] = (0,),
 ) -> None:
-    """Sort ``keys`` into order, position and offsets; with ``named``, count into ``dropped`` the keys outside [0, bins) that it names."""
+    """Sort ``keys`` into order, position and offsets.
+
+    With ``named``, the ids of the keys, count into ``dropped`` those whose keys are outside [0, bins), or write the ``message`` of
+    `count_pairs.py` to this rank alone.
+    """
     size, kept, keys = keys.numel(), order.shape[0], keys.contiguous()
     tile = max(64, block_of(bins, BINS))  # a warp of an AMD GPU has 64 threads, and tl.histogram at least a bin for each
     steps = max(1, block_of(bins, 2**14) >> 10)  # longer blocks have fewer histograms, and compare more keys with one another
     blocks = max(1, -(-size // (SUB * steps)))
     counts, totals = torch.empty((blocks, bins), dtype=torch.int32, device=keys.device), _empty(keys, bins)
-    lost = totals if named is None else _empty(keys, blocks)
+    seen = totals if named is None else torch.empty((blocks, 4), dtype=torch.int64, device=keys.device)
     _histogram_kernel[(blocks,)](
-        keys, keys if named is None else named.contiguous(), counts, lost, order, size, kept, -(-kept // blocks), bins,
+        keys, keys if named is None else named.contiguous(), counts, seen, order, size, kept, -(-kept // blocks), bins,
         PADDED=padded, NAMED=named is not None, BLOCK=SUB * steps, BINS=tile, num_warps=2,
     )  # fmt: skip
     _scan_kernel[(-(-bins // 4),)](
-        counts, totals, lost, totals if dropped is None else dropped, blocks, bins, NAMED=named is not None, ROWS=1024, TILE=4
-    )
+        counts, totals, seen, totals if dropped is None else dropped, totals if message is None else message, blocks, bins, size,
+        keys.shape[0], signature, NAMED=0 if named is None else 1 if message is None else 2, ROWS=1024, TILE=4,
+    )  # fmt: skip
     few, starts = tile <= FEW or most is not None, totals
     if not few:
         starts = _empty(keys, bins)
@@ -225,6 +263,14 @@ def launch(
         keys, counts, totals, starts, order, position, offsets, size, kept, steps, bins, most or 0, align,
         BOUNDED=most is not None, FEW=few, SUB=SUB, BINS=min(tile, FEW), num_warps=1,
     )  # fmt: skip
+
+
+def first_fake(order: Tensor, size: int) -> Tensor:
+    return _empty(order, size)
+
+
+def first_here(order: Tensor, size: int) -> Tensor:
+    return order[:size].clone()
 
 
 def check_rows(size: int, align: int) -> None:
@@ -239,3 +285,4 @@ def _empty(like: Tensor, size: int) -> Tensor:
 
 counting_sort = define(SORT, sort_fake, sort_cpu, sort_triton)
 bounded_sort = define(BOUNDED, bounded_fake, bounded_cpu, bounded_triton)
+first = define(FIRST, first_fake, first_here, first_here)

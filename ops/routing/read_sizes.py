@@ -1,5 +1,7 @@
 """(S, R, N, splits, few) = the sums of the messages' pairs and slots; splits[0] = pairs to each rank, splits[1] = pairs from each.
 
+In a group of one S, R and the splits are 0: it has no pairs.
+
 Costs one copy of the numbers of 2 * P messages to the host, whatever T and E are. Only this file reads from the device.
 No backward: integers only.
 
@@ -44,16 +46,19 @@ def _splits_and_few(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor, Tensor]:
-    if received is sent:  # in a group of one
-        messages = read_list(sent)  # [1, message]: the layer's host sync
-        out = [message[PAIRS] for message in messages]
+    if sent.shape[0] == 1:  # a group of one has no pairs, and sends no slots
+        (message,) = messages = read_list(sent)  # the layer's host sync
+        check_routing(messages, MOST)
+        return 0, 0, message[SLOTS], torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    if sent.is_cpu:
+        out, messages = read_list(sent[:, PAIRS]), read_list(received[:, : WIDTH + 1])
     else:
         both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: likewise
         out, messages = [row[0] for row in both], [row[1:] for row in both]
     check_routing(messages, MOST)
     pairs = [out, [message[PAIRS] for message in messages]]
-    few = all(message[WIDTH:] == [1] for message in messages)  # a group of one sends no slots
-    return sum(pairs[0]), sum(pairs[1]), sum(message[SLOTS] for message in messages), torch.tensor(pairs), torch.tensor([few])
+    few = all(message[WIDTH:] == [1] for message in messages)
+    return sum(out), sum(pairs[1]), sum(message[SLOTS] for message in messages), torch.tensor(pairs), torch.tensor([few])
 
 
 def read_fake(sent: Tensor, received: Tensor) -> tuple[Tensor, Tensor, Tensor]:

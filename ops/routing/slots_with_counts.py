@@ -1,7 +1,7 @@
 """message[p] = the slots of all pairs for rank p, in the format of `slot_bytes.py`, if those for each rank fit in ROOM words; else zeros.
 
-Costs ROOM words per rank, and one more sort of the keys if the slots may fit. It travels with the counts: a plan with few slots per rank
-then needs one exchange instead of two. Such plans have few tokens, or very many ranks.
+order and ends are those of `counting_sort` of the keys by rank. Costs ROOM words per rank. It travels with the counts: a plan with few
+slots per rank then needs one exchange instead of two. Such plans have few tokens, or very many ranks.
 No backward: integers and bytes.
 
 The first word says whether all slots of this rank are in its messages. `plan_sizes` reads it with the counts. If it is set on every rank,
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from moecomm.ops.base.library import define, jit, tl
 from moecomm.ops.base.signature import PAIRS, ROOM, WIDTH
-from moecomm.ops.routing.counting_sort import sort_cpu, sort_triton
 from moecomm.ops.routing.slot_bytes import message_cpu, message_triton, width_of
 
-SCHEMA = "few_slots(Tensor experts, Tensor weights, Tensor keys, int local, int ranks) -> Tensor"
+SCHEMA = "few_slots(Tensor experts, Tensor weights, Tensor keys, Tensor order, Tensor ends, int local) -> Tensor"
 WORD = 8  # bytes
 FIRST = (WIDTH + 1) * WORD  # the byte of a whole message at which the slots begin
 RANKS, BLOCK = 256, 1024  # per program of the kernel: counts added up at a time, and bytes copied
@@ -30,22 +29,19 @@ def most_pairs(width: int) -> int:
     return (ROOM - 1) * WORD // width
 
 
-def few_fake(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
-    return torch.empty(ranks, ROOM, dtype=torch.int64, device=experts.device)
+def few_fake(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, ends: Tensor, local: int) -> Tensor:
+    return torch.empty(ends.shape[0], ROOM, dtype=torch.int64, device=experts.device)
 
 
-def few_cpu(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
-    few = few_fake(experts, weights, keys, local, ranks)
-    words, width = few.numpy(), width_of(experts.shape[1], local, weights.dtype)
+def few_cpu(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, ends: Tensor, local: int) -> Tensor:
+    few = few_fake(experts, weights, keys, order, ends, local)
+    words, width, to = few.numpy(), width_of(experts.shape[1], local, weights.dtype), ends.numpy().tolist()
     words.fill(0)
-    counts = np.bincount(keys.numpy().ravel() + 1, minlength=ranks + 1)[1:].tolist()
-    if max(counts) <= most_pairs(width):
-        order, _, _ = sort_cpu(keys, ranks, sum(counts))
-        pairs = message_cpu(experts, weights, keys, order, local, False).numpy().ravel()
-        rooms, start = words.view(np.uint8)[:, WORD:], 0
-        for room, count in zip(rooms, counts, strict=True):
-            room[: count * width] = pairs[start : start + count * width]
-            start += count * width
+    starts = [0, *to[:-1]]
+    if max(end - start for start, end in zip(starts, to, strict=True)) <= most_pairs(width):
+        pairs = message_cpu(experts, weights, keys, order[: to[-1]], local, False).numpy().ravel()
+        for room, start, end in zip(words.view(np.uint8)[:, WORD:], starts, to, strict=True):
+            room[: (end - start) * width] = pairs[start * width : end * width]
         words[:, 0] = 1
     return few
 
@@ -85,15 +81,14 @@ def _copy_kernel(
         tl.store(rows + first * width + byte, tl.load(room, mask=inside, other=0), mask=inside)
 
 
-def few_triton(experts: Tensor, weights: Tensor, keys: Tensor, local: int, ranks: int) -> Tensor:
-    few = few_fake(experts, weights, keys, local, ranks).zero_()
-    tokens, k = experts.shape
+def few_triton(experts: Tensor, weights: Tensor, keys: Tensor, order: Tensor, ends: Tensor, local: int) -> Tensor:
+    few = few_fake(experts, weights, keys, order, ends, local).zero_()
+    (tokens, k), ranks = experts.shape, ends.shape[0]
     most = most_pairs(width_of(k, local, weights.dtype))
     # The slots would not fit even if evenly spread over the ranks. Only the device knows the true counts, so do not try.
     if tokens * min(k, ranks) > ranks * most:
         return few
-    order, _, ends = sort_triton(keys, ranks, tokens * k, padded=True)
-    pairs = message_triton(experts, weights, keys, order, local, True)  # [T * K, bytes]
+    pairs = message_triton(experts, weights, keys, order, local, True)  # [T * min(K, P), bytes]
     _launch(few.view(torch.uint8)[:, WORD:], pairs, ends, few, most, True)
     return few
 

@@ -60,19 +60,21 @@ def test_compiled_each_chunk_exchanges_while_the_other_computes() -> None:
         "\n".join(orders[0]),
         """\
 count
+counting_sort
 few_slots
 messages_exchange
 count
+counting_sort
 few_slots
 messages_exchange
 wait messages_exchange
 plan_sizes
-counting_sort
+first
 slots_exchange
 dispatch_exchange
 wait messages_exchange
 plan_sizes
-counting_sort
+first
 slots_exchange
 dispatch_exchange
 wait slots_exchange

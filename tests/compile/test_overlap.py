@@ -187,12 +187,13 @@ def test_the_generated_code_keeps_the_order_beside_a_users_own_pass() -> None:
         "\n".join(forward),
         """\
 count
+counting_sort
 few_slots
 messages_exchange
 mm
 wait messages_exchange
 plan_sizes
-counting_sort
+first
 slots_exchange
 dispatch_exchange
 mm
@@ -256,25 +257,26 @@ def test_in_the_graph_the_shared_expert_runs_during_the_exchanges_and_weights_gr
         forward,
         """\
 getitem, getitem_1 = moecomm::count(input_1, 8, 2, [0, 2, 8, 15, 16, 0, -1, -1, -1, 3, 0])
-few_slots = moecomm::few_slots(input_1, input_2, getitem, 4, 2)
+getitem_2, getitem_3, getitem_4 = moecomm::counting_sort(getitem, 2, mul_2, True)
+few_slots = moecomm::few_slots(input_1, input_2, getitem, getitem_2, getitem_4, 4)
 messages_exchange = moecomm::messages_exchange(getitem_1, few_slots, 'the counts of plan', GROUP)
 mm = aten::mm(input_3, input_4)
 wait_tensor = _c10d_functional::wait_tensor(messages_exchange)
-getitem_2, getitem_3, getitem_4, getitem_5, getitem_6 = moecomm::plan_sizes(getitem_1, wait_tensor)
-getitem_7, getitem_8, _ = moecomm::counting_sort(getitem, 2, getitem_2)
-slots_exchange = moecomm::slots_exchange(input_1, input_2, getitem, getitem_7, 4, wait_tensor, getitem_6, getitem_5, getitem_3, GROUP)
-dispatch_exchange = moecomm::dispatch_exchange(input_3, getitem_7, 2, getitem_5, getitem_3, GROUP)
+getitem_5, getitem_6, getitem_7, getitem_8, getitem_9 = moecomm::plan_sizes(getitem_1, wait_tensor)
+first = moecomm::first(getitem_2, getitem_5)
+slots_exchange = moecomm::slots_exchange(input_1, input_2, getitem, first, 4, wait_tensor, getitem_9, getitem_8, getitem_6, GROUP)
+dispatch_exchange = moecomm::dispatch_exchange(input_3, first, 2, getitem_8, getitem_6, GROUP)
 silu_1 = aten::silu(mm)
 mm_1 = aten::mm(silu_1, input_5)
 wait_tensor_1 = _c10d_functional::wait_tensor(slots_exchange)
 getitem_10, getitem_11 = moecomm::unpack_slots(wait_tensor_1, 2, 4, torch.float32)
-getitem_12, getitem_13, getitem_14 = moecomm::counting_sort(getitem_10, 4, getitem_4)
+getitem_12, getitem_13, getitem_14 = moecomm::counting_sort(getitem_10, 4, getitem_7)
 wait_tensor_2 = _c10d_functional::wait_tensor(dispatch_exchange)
 gather = moecomm::gather(wait_tensor_2, getitem_12, getitem_13)
 _grouped_mm = aten::_grouped_mm(gather, input_6, getitem_14)
 silu = aten::silu(_grouped_mm)
 _grouped_mm_1 = aten::_grouped_mm(silu, input_7, getitem_14)
-combine_exchange = moecomm::combine_exchange(_grouped_mm_1, getitem_11, getitem_12, getitem_13, getitem_5, getitem_2, GROUP)
+combine_exchange = moecomm::combine_exchange(_grouped_mm_1, getitem_11, getitem_12, getitem_13, getitem_8, getitem_5, GROUP)
 t = aten::t(silu_1)
 t_1 = aten::t(input_5)
 t_2 = aten::t(input_3)
@@ -284,34 +286,33 @@ transpose_1 = aten::transpose.int(input_7, -2, -1)
 transpose_2 = aten::transpose.int(gather, -2, -1)
 transpose_3 = aten::transpose.int(input_6, -2, -1)
 wait_tensor_3 = _c10d_functional::wait_tensor(combine_exchange)
-weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, getitem_7, getitem_8)
-add_61 = aten::add.Tensor(weighted_sum, mm_1)
-return add_61, getitem_5, getitem_7, getitem_8, getitem_11, getitem_12, getitem_13, getitem_14, _grouped_mm,
-    _grouped_mm_1, mm, t, t_1, t_2, t_3, transpose, transpose_1, transpose_2, transpose_3, getitem_2, getitem_3,
-    input_8, getitem_4""",
+weighted_sum = moecomm::weighted_sum(wait_tensor_3, None, first, getitem_3)
+add_63 = aten::add.Tensor(weighted_sum, mm_1)
+return add_63, getitem_3, getitem_8, first, getitem_11, getitem_12, getitem_13, getitem_14, _grouped_mm, _grouped_mm_1,
+    mm, t, t_1, t_2, t_3, transpose, transpose_1, transpose_2, transpose_3, getitem_5, getitem_6, input_8, getitem_7""",
     )
     expecttest.assert_expected_inline(
         backward,
         """\
-dispatch_exchange_1 = moecomm::dispatch_exchange(tangents_1, getitem_7, 2, getitem_5, getitem_3, GROUP)
+dispatch_exchange_1 = moecomm::dispatch_exchange(tangents_1, first, 2, getitem_8, getitem_6, GROUP)
 mm_2 = aten::mm(t, tangents_1)
 mm_3 = aten::mm(tangents_1, t_1)
 silu_backward = aten::silu_backward(mm_3, mm)
 wait_tensor_4 = _c10d_functional::wait_tensor(dispatch_exchange_1)
 getitem_15, getitem_16 = moecomm::weighted_sum_backward(wait_tensor_4, _grouped_mm_1, getitem_11, getitem_12, getitem_13)
-return_exchange = moecomm::return_exchange(getitem_16, getitem_5, getitem_2, GROUP)
+return_exchange = moecomm::return_exchange(getitem_16, getitem_8, getitem_5, GROUP)
 _grouped_mm_3 = aten::_grouped_mm(getitem_15, transpose_1, getitem_14)
 silu_backward_1 = aten::silu_backward(_grouped_mm_3, _grouped_mm)
 _grouped_mm_5 = aten::_grouped_mm(silu_backward_1, transpose_3, getitem_14)
-combine_exchange_1 = moecomm::combine_exchange(_grouped_mm_5, None, getitem_12, getitem_13, getitem_5, getitem_2, GROUP)
+combine_exchange_1 = moecomm::combine_exchange(_grouped_mm_5, None, getitem_12, getitem_13, getitem_8, getitem_5, GROUP)
 mm_4 = aten::mm(t_2, silu_backward)
 mm_5 = aten::mm(silu_backward, t_3)
 _grouped_mm_2 = aten::_grouped_mm(transpose, getitem_15, getitem_14)
 _grouped_mm_4 = aten::_grouped_mm(transpose_2, silu_backward_1, getitem_14)
 wait_tensor_6 = _c10d_functional::wait_tensor(return_exchange)
-weighted_sum_2 = moecomm::weighted_sum(wait_tensor_6, None, getitem_7, getitem_8)
+weighted_sum_2 = moecomm::weighted_sum(wait_tensor_6, None, first, getitem_3)
 wait_tensor_5 = _c10d_functional::wait_tensor(combine_exchange_1)
-weighted_sum_1 = moecomm::weighted_sum(wait_tensor_5, None, getitem_7, getitem_8)
-add_65 = aten::add.Tensor(mm_5, weighted_sum_1)
-return None, add_65, None, None, None, weighted_sum_2, _grouped_mm_4, _grouped_mm_2, mm_4, mm_2""",
+weighted_sum_1 = moecomm::weighted_sum(wait_tensor_5, None, first, getitem_3)
+add_67 = aten::add.Tensor(mm_5, weighted_sum_1)
+return None, add_67, None, None, None, weighted_sum_2, _grouped_mm_4, _grouped_mm_2, mm_4, mm_2""",
     )

@@ -32,14 +32,19 @@ def test_a_profile_names_the_steps_in_eager_mode_and_their_ops_in_compiled_code(
     generator = torch.Generator().manual_seed(0)
     x, weights = torch.randn(6, 8, generator=generator, requires_grad=True), torch.rand(6, 2, generator=generator, requires_grad=True)
     given = x, torch.randint(0, 4, (6, 2), generator=generator), weights
-    forward = ["moecomm::count", "moecomm::plan_sizes", "moecomm::counting_sort", "moecomm::gather", "moecomm::weighted_sum"]
+    plan, others = ["moecomm::sort_counted", "moecomm::plan_sizes"], ["moecomm::gather", "moecomm::weighted_sum"]
     backward = ["moecomm::weighted_sum_backward", "moecomm::weighted_sum"]
     layer(*given)
     eager = names(layer, *given)
     assert [name for name in eager if name in RANGES] == list(RANGES)
-    assert [name for name in eager if name not in RANGES] == forward + backward
-    assert eager.index("moecomm.plan") < eager.index("moecomm::count") < eager.index("moecomm.dispatch") < eager.index("moecomm::gather")
+    assert [name for name in eager if name not in RANGES] == plan + others + backward
+    assert (
+        eager.index("moecomm.plan")
+        < eager.index("moecomm::sort_counted")
+        < eager.index("moecomm.dispatch")
+        < eager.index("moecomm::gather")
+    )
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(*given)
-    assert names(compiled, *given) == forward + backward
+    assert names(compiled, *given) == [*plan, "moecomm::first", *others, *backward]

@@ -92,7 +92,7 @@ def test_what_a_layer_of_one_process_launches() -> None:
     assert_expected_inline(
         layer_here(5, None),
         """\
-plan, 6: count_kernel message_kernel plan_sizes histogram_kernel scan_kernel place_kernel
+plan, 4: histogram_kernel scan_kernel place_kernel plan_sizes
 dispatch, 1: spread_kernel
 combine, 1: weighted_sum_kernel
 backward, 2: backward_kernel weighted_sum_kernel
@@ -119,9 +119,8 @@ def test_what_a_rank_launches() -> None:
     assert_expected_inline(
         of_ranks[0],
         """\
-plan, 19: count_kernel message_kernel zero_ histogram_kernel scan_kernel place_kernel pack_kernel copy_kernel cat
-    alltoall_base_ plan_sizes histogram_kernel scan_kernel place_kernel copy_kernel unpack_kernel histogram_kernel
-    scan_kernel place_kernel
+plan, 17: count_kernel message_kernel histogram_kernel scan_kernel place_kernel zero_ pack_kernel copy_kernel cat
+    alltoall_base_ plan_sizes clone copy_kernel unpack_kernel histogram_kernel scan_kernel place_kernel
 dispatch, 3: gather_kernel alltoall_base_ spread_kernel
 combine, 3: weighted_sum_kernel alltoall_base_ weighted_sum_kernel
 backward, 10: gather_kernel alltoall_base_ backward_kernel weighted_sum_kernel alltoall_base_ weighted_sum_kernel zeros

@@ -27,7 +27,7 @@ from moecomm.ops.routing.drop_overflow import fit_triton
 from moecomm.ops.routing.place_slots import place_triton, table_cpu
 from moecomm.ops.routing.slot_bytes import message_triton, unpack_triton
 from moecomm.ops.routing.slots_with_counts import few_triton, take_triton
-from moecomm.ops.routing.sort_alone import alone_triton
+from moecomm.ops.routing.sort_alone import alone_triton, counted_triton
 from moecomm.ops.rows import dequantize, gather, quantize, weighted_sum, weighted_sum_backward
 from moecomm.ops.rows.dequantize import dequantize_triton
 from moecomm.ops.rows.gather import gather_rows_triton, gather_triton
@@ -98,13 +98,14 @@ def call_everything(most: int | None) -> None:
         bounded_triton(torch.zeros(tokens, k, dtype=dtype), 4, 3)
         fit_triton(torch.zeros(tokens, k, dtype=dtype), torch.zeros(tokens, k, dtype=dtype), position, 2)
         alone_triton(torch.zeros(tokens, k, dtype=dtype), torch.zeros(tokens, k, dtype=dtype), 4, tokens, tokens * k)
+        counted_triton(torch.zeros(tokens, k, dtype=dtype), torch.zeros(tokens, k, dtype=dtype), 4, [0] * 11)
     for bins in (256, 2048):
         sort_triton(position, bins, tokens * k, True, 16)
     count_triton(torch.zeros(tokens, 1, dtype=torch.int64), 1, 1, [1, 1])
     for local in (4, 2**7 + 1, 2**15 + 1):
         message = message_triton(position, weights, position, order, local, True)
         unpack_triton(message, k, local, weights.dtype)
-        few_triton(position, weights, position, local, 2)
+        few_triton(position, weights, position, order, position.new_zeros(2), local)
     take_triton(torch.zeros(2, LENGTH, dtype=torch.int64), tokens, 10)
     for dtype in GATHERED[:most]:
         gather_triton(torch.zeros(tokens, d, dtype=dtype), order, position)
@@ -137,9 +138,10 @@ def call_with_as_many_tokens(tokens: int) -> int:
     bounded_triton(experts, 4, 3)
     fit_triton(experts, experts, position, 2)
     alone_triton(experts, experts, 4, tokens, tokens * 2)
+    counted_triton(experts, experts, 4, [0] * 11)
     order, x, rows, weights = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, 7), torch.zeros(tokens, 7), torch.zeros(tokens, 2)
     unpack_triton(message_triton(position, weights, position, order, 4, True), 2, 4, weights.dtype)
-    few_triton(position, weights, position, 4, 2)
+    few_triton(position, weights, position, order, position.new_zeros(2), 4)
     take_triton(torch.zeros(2, LENGTH, dtype=torch.int64), tokens, 10)
     choose_triton(torch.zeros(tokens, 6), 2)
     gather_triton(x, order, position)

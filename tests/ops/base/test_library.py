@@ -153,8 +153,8 @@ def test_a_call_passes_the_dispatcher_by_in_plain_eager_code_alone() -> None:
         return x.clone()
 
     op = define("test_called(Tensor x) -> Tensor", lambda x: torch.empty_like(x), run, run)
-    overload, through, direct = library._DIRECT[op], [], []
-    library._DIRECT[op] = overload._replace(cpu=lambda x: direct.append(1) or run(x))
+    overload, through, direct = library._DIRECT[id(op)], [], []
+    library._DIRECT[id(op)] = overload._replace(cpu=lambda x: direct.append(1) or run(x))
 
     class Mine(Tensor):
         pass

@@ -44,12 +44,12 @@ def arguments(experts: Tensor, weights: Tensor, num_experts: int, early: bool) -
     """
     ranks, local, group = dist.get_world_size(), num_experts // dist.get_world_size(), dist.group.WORLD.group_name
     keys, sent = count(experts, num_experts, ranks, signature(experts, weights, num_experts))
-    slots = few_slots(experts, weights, keys, local, ranks) if early else None
+    order, position, ends = counting_sort(keys, ranks, keys.numel(), True)
+    slots = few_slots(experts, weights, keys, order, ends, local) if early else None
     messages = wait(messages_exchange(sent, slots, "counts", group))
     s, r, _, splits, few = plan_sizes(sent, messages)
     assert few.tolist() == [early]
-    order, position, _ = counting_sort(keys, ranks, s)
-    return experts, keys, order, position, local, messages, few, splits, r, group
+    return experts, keys, order[:s], position, local, messages, few, splits, r, group
 
 
 def static_arguments(experts: Tensor, num_experts: int, most: int) -> tuple[object, ...]:

@@ -107,7 +107,10 @@ def test_every_rank_raises_for_more_slots_than_int32_indices_number(tokens: tupl
 def test_as_many_slots_as_int32_indices_number_are_taken() -> None:
     sent = message(torch.tensor([[0, 5]]), 1)
     sent[:, TOKENS] = MOST // 2
-    assert plan_sizes(sent, sent)[:3] == (1, 1, 2)
+    *sizes, splits, few = plan_sizes(sent, sent)
+    assert sizes == [0, 0, 2]
+    assert splits.tolist() == [[0], [0]]
+    assert few.tolist() == [False]
 
 
 def test_static_mode_checks_the_same_but_for_the_number_of_slots() -> None:

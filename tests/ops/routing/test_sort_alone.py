@@ -1,4 +1,4 @@
-"""sort_alone: the order of the slots that fit on one rank in static mode, and how many do not."""
+"""sort_alone and sort_counted: the order of one rank's slots; in static mode how many do not fit, else the message to the rank itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from moecomm.ops.routing.sort_alone import alone_cpu, alone_fake, alone_triton, sort_alone
+from moecomm.ops.base.signature import NOT_FINITE, PAIRS, signature
+from moecomm.ops.routing.count_pairs import count
+from moecomm.ops.routing.sort_alone import (
+    alone_cpu,
+    alone_fake,
+    alone_triton,
+    counted_cpu,
+    counted_fake,
+    counted_triton,
+    sort_alone,
+    sort_counted,
+)  # fmt: skip
 from tests.ops.cases import assert_same_layout, guarded, inverse, routing, strided
 
 
@@ -38,6 +49,28 @@ def check(experts: Tensor, places: Tensor, bins: int, device: str) -> None:
             torch.testing.assert_close([tensor.cpu() for tensor in got[:3]], want, rtol=0, atol=0)
             assert got[3].item() == dropped
             assert_same_layout(alone_fake(experts, places, *args), got)
+    check_counted(experts, places, bins, device)
+
+
+def check_counted(experts: Tensor, places: Tensor, bins: int, device: str) -> None:
+    """The message is that of `count`, to a group of one rank whose places these are."""
+    tokens, k = experts.shape
+    weights = torch.zeros(tokens, k)
+    weights[tokens // 2 :, 0] = torch.inf
+    signed = signature(experts, weights, bins)
+    alone = torch.where((places.long() >= 0) & (places.long() < bins), 0, -1).to(torch.int32)
+    for align, checked in ((1, None), (4, weights)):
+        there = [None if tensor is None else tensor.to(device) for tensor in (experts, places, checked)]
+        *want, _ = expected(experts, places, bins, tokens, tokens * k + bins * (align - 1), align)
+        message = count(experts, bins, 1, signed, alone, checked)[1]
+        message[:, PAIRS] = 0
+        assert message[0, NOT_FINITE] == (0 if checked is None else tokens - tokens // 2)
+        for got in (
+            counted_cpu(experts, places, bins, signed, align, checked),
+            guarded(counted_triton, *there[:2], bins, signed, align, there[2]),
+        ):
+            torch.testing.assert_close([tensor.cpu() for tensor in got], [*want, message], rtol=0, atol=0)
+            assert_same_layout(counted_fake(experts, places, bins, signed, align, checked), got)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +100,15 @@ def test_places_may_be_others_than_the_experts(device: str) -> None:
         check(layout, places, 5, device)
 
 
-def test_it_passes_opcheck(device: str) -> None:
+def test_more_slots_than_int32_indices_number_are_refused(device: str) -> None:
+    experts = torch.zeros(1, 2, dtype=torch.uint8, device=device).expand(2**30, 2)
+    for function in (counted_cpu, counted_triton):
+        with pytest.raises(ValueError, match=r"experts was of shape \[1073741824, 2\]; it must be of at most 2147483392 slots"):
+            function(experts, experts, 4, [])
+
+
+def test_they_pass_opcheck(device: str) -> None:
     for tokens, k, most in ((5, 2, 5), (5, 2, 2), (0, 2, 1)):
         experts = routing(tokens, k, 4, seed=tokens).to(device)
         opcheck(sort_alone, (experts, experts, 4, most, most * k + 4, 2))
+        opcheck(sort_counted, (experts, experts, 4, [1, 2], 2))
