@@ -7,13 +7,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moecomm.errors import check_floating, check_reverse_mode, wrong_type
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
 from moecomm.layer.row_dtype import check_dtype, in_one_dtype
-from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, indices
+from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, indices, leaves_of, tree_of
 from moecomm.ops.base.library import call
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import combine_wire
@@ -92,7 +91,7 @@ def combine(
     """
     check_plan(plan, "combine", "rows", rows)
 
-    leaves, spec = tree_flatten(rows)
+    leaves, spec = leaves_of(rows)
     leaves = in_one_dtype(leaves, plan, dtype)
 
     def check() -> None:
@@ -109,7 +108,7 @@ def combine(
     passed = {"rows": leaves, "the plan's weights": plan.weights} if weighted else {"rows": leaves}
     checked("combine", plan, passed, {"weighted": weighted, "wire": wire, "backward_wire": backward_wire}, check)
     weights = slot_weights(plan) if weighted else None
-    return tree_unflatten([placed(_combine(leaf, weights, plan, wire, backward_wire), plan.layout) for leaf in leaves], spec)
+    return tree_of([placed(_combine(leaf, weights, plan, wire, backward_wire), plan.layout) for leaf in leaves], spec)
 
 
 def slot_weights(plan: Plan) -> Tensor:

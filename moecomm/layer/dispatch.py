@@ -7,13 +7,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moecomm.errors import check_gradient_summed, check_reverse_mode, check_sent, check_tensor, wrong_type
 from moecomm.inspect.profile import profiled
 from moecomm.layer.plan import Plan
 from moecomm.layer.quantized import Quantized
-from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, indices, listed
+from moecomm.layer.token_calls import check_leaf, check_plan, check_wires, checked, indices, leaves_of, listed, tree_of
 from moecomm.ops.base.library import call
 from moecomm.ops.exchange import dispatch_combine as ops
 from moecomm.ops.exchange.dispatch_combine_wire import dispatch_quantized as dispatch_quantized_op
@@ -92,7 +91,7 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
     """
     check_plan(plan, "dispatch", "x", x)
 
-    leaves, spec = tree_flatten(x)
+    leaves, spec = leaves_of(x)
 
     def shards() -> list[Tensor]:
         check_reverse_mode("dispatch", leaves)
@@ -105,7 +104,7 @@ def dispatch(x: Tree, plan: Plan, *, wire: str | None = None, backward_wire: str
         return here
 
     here = checked("dispatch", plan, {"x": x}, {"wire": wire, "backward_wire": backward_wire}, shards)
-    return tree_unflatten([_dispatch(leaf, plan, wire, backward_wire) for leaf in here], spec)
+    return tree_of([_dispatch(leaf, plan, wire, backward_wire) for leaf in here], spec)
 
 
 @profiled

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.utils._pytree import tree_leaves
 
 from moecomm.errors import SUMMED, check_reverse_mode
 from moecomm.inspect.log import log_plan
@@ -15,6 +14,7 @@ from moecomm.inspect.profile import profiled
 from moecomm.layer.placement import Placement
 from moecomm.layer.plan import Plan
 from moecomm.layer.plan_call import Routing, make_routing
+from moecomm.layer.token_calls import leaves_of
 from moecomm.ops.base.library import call, trusting
 from moecomm.ops.base.signature import SIGNED, traced
 from moecomm.ops.exchange.slots import exchange_slots
@@ -134,7 +134,7 @@ def plan(
     Background: docs/plan.md has the choice of a replica, DTensors, ``check``, static mode and the costs in detail.
     """
     ranks = resolve_group(group)
-    leaves = [] if like is None else tree_leaves(like)
+    leaves = [] if like is None else leaves_of(like)[0]
     try:
         check_reverse_mode("plan", (weights,))
         layout = make_layout(experts, weights, leaves, ranks)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from moecomm.ops.base.library import UNROLLED, block_of, call, compute_dtype, define, differentiable, jit, tl
 from moecomm.ops.rows.weighted_sum_backward import STEP, weighted_sum_backward
@@ -29,13 +29,9 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
         return rows.new_zeros(m, rows.shape[1])
     # In low precision a weight's rounding error follows as one more entry of the bag, with the same row, which is in the cache by then.
     parts = 2 if weights is not None and weights.dtype != rows.dtype and rows.dtype.itemsize < 4 else 1
-    bags, exact = position.flatten(), None if weights is None else weights.flatten()  # those of token 0, then of token 1, ...
-    if bags.min().item() >= 0:
-        starts = torch.arange(0, parts * m * k + 1, parts * k, dtype=torch.int32, device=position.device)
-    else:
-        present = position >= 0
-        starts = pad(present.sum(1, dtype=torch.int32).cumsum_(0, dtype=torch.int32), (1, 0)) * parts
-        bags, exact = position.masked_select(present), None if weights is None else weights.masked_select(present)
+    bags, starts, exact = _bags(position, weights)
+    if parts == 2:
+        starts = starts * 2
     factors = None if exact is None else exact.to(rows.dtype)  # embedding_bag accepts only the rows' dtype
     if exact is not None and factors is not None and parts == 2:
         bags, factors = torch.stack((bags, bags), 1).flatten(), torch.stack((factors, (exact - factors).to(rows.dtype)), 1).flatten()
@@ -43,6 +39,20 @@ def weighted_sum_cpu(rows: Tensor, weights: Tensor | None, order: Tensor, positi
     if weights is not None and exact is not None and parts == 2 and not in_two_parts_cpu(exact, rows.dtype):
         sum_again_cpu(y, rows, weights, position)
     return y
+
+
+def _bags(position: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(rows, starts, weights): the rows of token 0, then of token 1, ..., where those of each token start, and their weights."""
+    (m, k), places = position.shape, position.numpy().ravel()
+    exact = None if weights is None else weights.flatten()
+    starts = np.arange(0, m * k + 1, k, dtype=np.int32)
+    if places.min() >= 0:
+        return position.flatten(), torch.from_numpy(starts), exact
+    slots = np.flatnonzero(places >= 0)
+    starts = slots.searchsorted(starts).astype(np.int32)  # embedding_bag converts indices and starts of two dtypes
+    if exact is not None:
+        exact = exact.index_select(0, torch.from_numpy(slots))
+    return torch.from_numpy(places[slots]), torch.from_numpy(starts), exact
 
 
 def limits(dtype: torch.dtype) -> tuple[float, float]:

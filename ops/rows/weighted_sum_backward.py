@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,13 +34,14 @@ def backward_cpu(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, pos
     factors = weights.flatten().index_select(0, pairs.clamp(min=0)).unsqueeze(1)  # [N, 1]
     grad_rows = weighted_sum_cpu(grad, factors, order, source.unsqueeze(1))  # a gather that multiplies while it reads
     if rows.dtype.itemsize >= 4:
-        present = position >= 0
-        pair = torch.arange(position.shape[0], device=position.device).unsqueeze(1).expand_as(position).masked_select(present)
+        places = position.numpy().ravel()
+        slots = np.flatnonzero(places >= 0)
+        slot, token = torch.from_numpy(slots), torch.from_numpy(slots // position.shape[1])
+        here = torch.from_numpy(places[slots].astype(np.int64))
         # The gradient of the weights of embedding_bags of one row each. It needs no gather, but rounds to the rows' dtype.
-        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, rows, position.long().masked_select(present), pair.new_zeros(1), pair, 0
-        )
-        return grad_rows, grad_weights.masked_scatter_(present, dots.to(weights.dtype))
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, rows, here, token.new_zeros(1), token, 0)
+        grad_weights.view(-1).index_copy_(0, slot, dots.to(weights.dtype))
+        return grad_rows, grad_weights
     dots = rows.new_empty(order.shape[0], dtype=torch.float32)
     step = min(rows.shape[0], max(1, STEP // rows.shape[1]))  # rows per step
     copies = rows.new_empty(step, rows.shape[1])
