@@ -37,4 +37,4 @@ def _cast(leaf: Tensor, plan: Plan, dtype: torch.dtype | None, leaves: int) -> T
     if device != "meta" and torch.is_autocast_enabled(device):  # there torch raises; torch 2.11 cannot trace is_autocast_available
         # As torch.matmul does: autocast leaves float64 as it is.
         return leaf if leaf.dtype == torch.float64 else leaf.to(torch.get_autocast_dtype(device))
-    return leaf if plan.dtype < 0 or leaves > 1 else leaf.to(SUMMED[plan.dtype])
+    return leaf if plan.dtype < 0 or leaves > 1 or leaf.dtype == SUMMED[plan.dtype] else leaf.to(SUMMED[plan.dtype])

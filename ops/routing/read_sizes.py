@@ -51,7 +51,7 @@ def sizes(sent: Tensor, received: Tensor) -> tuple[int, int, int, Tensor, Tensor
         check_routing(messages, MOST)
         return 0, 0, message[SLOTS], torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
     if sent.is_cpu:
-        out, messages = read_list(sent[:, PAIRS]), read_list(received[:, : WIDTH + 1])
+        out, messages = sent.numpy()[:, PAIRS].tolist(), received.numpy()[:, : WIDTH + 1].tolist()
     else:
         both = read_list(torch.cat((sent[:, PAIRS : PAIRS + 1], received[:, : WIDTH + 1]), 1))  # [P, 1 + message]: likewise
         out, messages = [row[0] for row in both], [row[1:] for row in both]
