@@ -55,8 +55,8 @@ def place(
         current: the placement now, [P, L]. Without it, the placement is made anew. With it, each
             expert that stays keeps its slot, and experts move only if it pays.
         earlier: the loads of other steps, before those of ``loads``, [E] or [P, E]. If the experts' order
-            by load then says nothing about their order now, even loads are expected to come. So
-            loads that are new at random each time move next to nothing.
+            by load then says nothing about their order now, even loads are expected to come, from any
+            rank. So loads that are new at random each time move next to nothing.
         horizon: the steps for which a new placement is kept. Only for ``current``.
         move_cost: the time of moving one expert with its optimizer state to another rank, in the
             time in which a rank computes one row: bytes / bandwidth * rows per second. Moving m slots
@@ -98,7 +98,7 @@ def place(
         if len(before) != len(load):
             wrong_value("earlier", f"of {len(before)} experts", f"of loads' {len(load)}")
         if not lasts(load, before):
-            load = np.full(len(load), load.sum() / len(load))
+            load, sources = np.full(len(load), load.sum() / len(load)), None  # nor is it known from where tokens will come
     cost = COST * load.sum() / ranks if move_cost is None else move_cost
     steps = max(3, 200 // ranks) if steps is None else steps
     if not (horizon > 0 and cost >= 0 and steps >= 0):

@@ -193,7 +193,11 @@ def test_tokens_stay_inside_their_node_where_links_are_given() -> None:
         gained.append(most - staying(counts, plain, 3))
         assert place(counts, 6, 3, Links(3), current=plain, move_cost=1e9) == plain
         if gained[-1] > 1:
-            assert place(counts, 6, 3, Links(3), current=plain, move_cost=0.0, steps=0) == near
+            near_now = {"links": Links(3), "current": plain, "move_cost": 0.0, "steps": 0}
+            assert place(counts, 6, 3, **near_now) == near
+            ranked = counts.sum(0).argsort(kind="stable").argsort(kind="stable")
+            assert place(counts, 6, 3, **near_now, earlier=ranked + 1) == near
+            assert place(counts, 6, 3, **near_now, earlier=12 - ranked) == plain  # the loads do not last: nor does where tokens come from
     assert max(gained) > 100
 
 
