@@ -86,10 +86,10 @@ docs: $(READY)  ## the documentation site, into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)  ## ratios to floors and to other ways of the same layer, into benchmarks/results and docs/benchmarks.md: under 10 minutes on 2 cores
-	for each in floors layer cpu_time experts kept sweep links figures; do $(BIN)/python -m benchmarks.$$each || exit 1; done
+	for each in floors host layer cpu_time experts kept sweep links figures; do $(BIN)/python -m benchmarks.$$each || exit 1; done
 
 gpu: $(READY)  ## the same on a GPU, on one process
-	for each in floors layer experts kept sweep; do $(BIN)/python -m benchmarks.$$each --device cuda || exit 1; done
+	for each in floors host layer experts kept sweep; do $(BIN)/python -m benchmarks.$$each --device cuda || exit 1; done
 	$(BIN)/python -m benchmarks.figures
 
 fuzz: $(READY)  ## very many random cases, other ones each time, against their definitions: 20 minutes

@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Line], str]]] = {
     "titan": ("Beside torchtitan's own dispatcher", layer_tables.titan),
     "cpu_time": ("CPU time of one step", layer_tables.cpu_time),
     "floors": ("Each op compared with a copy of its rows", tables.floors),
+    "host": ("Host time of eager calls", tables.host),
     "experts": ("A layer with experts", tables.experts),
     "kept": ("What a layer keeps for its backward pass", tables.kept),
     "sweep": ("How the cost grows with each variable", sweep_tables.sweep),

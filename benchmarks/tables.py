@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md for the ops, a layer with experts, and the exchange model; and what all tables share."""
+"""The tables of docs/benchmarks.md for ops, the host's time, a layer with experts, and the exchange model; and what all tables share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ SETTINGS = (WARM, INSTALLED)
 CPU_BOUNDS = {"gather": 1.0, "weighted_sum": 0.75, "weighted_sum_backward": 2.0}  # at most this many copies, with warm memory
 GPU_BOUNDS = {"gather": 0.85, "weighted_sum": 0.8}  # at least this share of a copy's bandwidth
 PLAN_ON_GPU = 0.06  # milliseconds at most, in static mode, of the first size
+HOST_ON_GPU = {"plan": 120, "dispatch": 45, "combine": 45, "step": 500}  # microseconds at most, on an H100 with idle cores
 WHOLE_ON_GPU = 1.15  # at most, of grouped_mm and the copies
 
 
@@ -64,6 +65,17 @@ def floors(results: Line) -> str:
         rows.append(["plan, static", f"{1e3 * taken:.0f} us", f"<= 60 us: {verdict(taken <= PLAN_ON_GPU)}", sized(first)])
         parts.append(table(["op", "share of a copy's bandwidth", "target", "sizes"], rows))
     return "\n\n".join(parts)
+
+
+def host(results: Line) -> str:
+    on_gpu, rows = "cuda" in results["about"]["on"], []
+    for line in results["lines"]:
+        taken, forward = (1e3 * ms for ms in line["milliseconds"])
+        bound = HOST_ON_GPU.get(line["case"]) if on_gpu else None
+        target = "" if bound is None else f"<= {bound} us: {verdict(taken <= bound)}"
+        rows.append([line["memory"], line["dtype"], line["case"], spread(line), target, f"{taken:.0f} / {forward:.0f}", sized(line)])
+    header = ["memory", "dtype", "call", "time / time of `k_fold`, forward", "target", "us", "sizes"]
+    return ran(results["about"]) + "\n\n" + table(header, rows)
 
 
 def experts(results: Line) -> str:

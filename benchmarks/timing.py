@@ -119,6 +119,8 @@ def interleaved(cases: dict[str, Callable[[], object]], device: str, repeats: in
 def _on_cpu(case: Callable[[], object]) -> float:
     if _ranks() > 1:
         dist.barrier()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # what the case before launched
     start = time.perf_counter()
     case()
     return time.perf_counter() - start

@@ -201,6 +201,16 @@ def test_tokens_stay_inside_their_node_where_links_are_given() -> None:
     assert max(gained) > 100
 
 
+def test_loads_that_are_new_at_random_each_time_move_nothing_for_the_sake_of_links() -> None:
+    random = np.random.default_rng(4)
+    rows = place(np.ones(32), 16, 3)
+    loads = [np.rint(1000 * random.lognormal(0, 1, (16, 32))) for _ in range(61)]  # [P, E]
+    for earlier, now in itertools.pairwise(loads):
+        new = place(now, 16, 3, Links(4), current=rows, earlier=earlier)
+        assert new == place(now.sum(0), 16, 3, current=rows, earlier=earlier.sum(0))  # as if nobody knew where tokens come from
+        assert new == rows
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
