@@ -50,9 +50,10 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        send_order, send_position, row_order, row_position, splits, *weighted = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint gives each tensor one time
+        send_order, send_position, row_order, row_position, splits, *weighted = saved
         if not weighted:
-            return call(dispatch, grad, *ctx.saved_tensors, ctx.group), *(None,) * 7
+            return call(dispatch, grad, *saved, ctx.group), *(None,) * 7
         pairs = call(there, grad, send_order, send_position, splits, row_position.shape[0], ctx.group, None, None)  # [R, D]
         return *call(weighted_sum_backward, pairs, *weighted, row_order, row_position), *(None,) * 6
 

@@ -84,7 +84,8 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        indices, weighted = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: a checkpoint gives each tensor one time
+        indices, weighted = saved[:5], saved[5:]
         if not weighted:
             return call(dispatch_wire, grad, *indices, *ctx.rest), *(None,) * 9
         group, *wires = ctx.rest

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 import moecomm.functional as mf
 from tests import reference
@@ -233,3 +234,25 @@ def test_rows_of_padding_have_the_weight_0() -> None:
     weights = mf.row_weights(plan)
     assert weights.shape == plan.row_order.shape
     assert torch.equal(weights, torch.where(plan.row_order < 0, 0.0, torch.tensor([2.0, 3.0, 4.0])[plan.row_order.clamp(min=0)]))
+
+
+def made_again_here() -> None:
+    given = mine(problem(dist.get_world_size(), torch.float32), dist.get_rank(), dist.get_world_size())
+    x, experts, weights, grad = (given[name] for name in ("x", "experts", "weights", "grad"))
+    for weighted in (True, False):
+        for wire in (None, "mxfp8"):
+
+            def run(x: Tensor, weights: Tensor, weighted: bool = weighted, wire: str | None = wire) -> Tensor:
+                plan = mf.plan(experts, weights, E, like=x)
+                rows = mf.dispatch(x, plan, wire=wire).sin()
+                rows = rows if weighted else rows * mf.row_weights(plan).unsqueeze(1)
+                return mf.combine(rows, plan, weighted=weighted, wire=wire, backward_wire=wire)
+
+            want = torch.autograd.grad(run(x, weights), (x, weights), grad)
+            got = torch.autograd.grad(checkpoint(run, x, weights, use_reentrant=False), (x, weights), grad)
+            assert all(map(torch.equal, got, want)), (weighted, wire)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_makes_a_layer_again_which_reads_what_is_saved_only_once(ranks: int) -> None:
+    run_ranks(made_again_here, ranks)
