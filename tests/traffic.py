@@ -74,6 +74,8 @@ class _Ops(TorchDispatchMode):
             self.traffic.collectives.append(name)
             if name == "all_to_all_single":
                 self.traffic._sent(args[0], args[2])
+        if name == "gather_exchange":  # torch's all-gather, started by the group itself
+            self.traffic.collectives.append("all_gather_into_tensor")
         to = (kwargs or {}).get("device")
         if name in READ_OPS or name == "plan_sizes" or (name == "_to_copy" and str(to) == "cpu" and not args[0].is_cpu):
             self.traffic.reads.append(name)

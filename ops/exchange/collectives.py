@@ -1,6 +1,4 @@
-"""torch's functional collectives, as this library calls them: a function starts each, and `wait` waits where its result is first used.
-
-In plain eager code on CPUs, `wait` and the all-gather pass the functional ones by, as `ops/base/library.py` has it of moecomm's own ops.
+"""torch's collectives, as this library calls them: a function starts each, and `wait` waits where its result is first used.
 
 They cost what torch's collectives cost.
 They have no backward: the function that calls one defines its gradient.
@@ -15,9 +13,10 @@ from torch import Tensor
 
 from moecomm.ops.base.library import call, direct
 from moecomm.ops.base.process_group import process_group
+from moecomm.ops.exchange.start_op import define_start, register
 
 funcol = torch.ops._c10d_functional  # each op starts an exchange and registers its Work with the tensor that it returns
-WAIT, GATHER = funcol.wait_tensor.default, funcol.all_gather_into_tensor.default
+WAIT = funcol.wait_tensor.default
 
 
 def wait(pending: Tensor) -> Tensor:
@@ -40,17 +39,21 @@ def start_all_to_all(rows: Tensor, splits: Sequence[int], group: str) -> Tensor:
 
 def start_all_gather(chunk: Tensor, ranks: int, group: str) -> Tensor:
     """Start an all-gather of the ranks' equal chunks: [chunk, ...] -> a flat buffer of bytes, which `all_gathered` finishes."""
-    return call(GATHER, chunk.reshape(-1).view(torch.uint8), ranks, group)  # gloo sends bytes, but not every dtype
+    return call(gather_exchange, chunk.reshape(-1).view(torch.uint8), ranks, group)  # gloo sends bytes, but not every dtype
 
 
-def _gather_here(chunk: Tensor, ranks: int, group: str) -> Tensor:
-    """`GATHER` by the process group itself: with torch's functional one gloo corrupts the heap (docs/reliability.md, Heap checks)."""
-    whole = chunk.new_empty(ranks * chunk.shape[0])
-    torch._C._distributed_c10d._register_work(whole, process_group(group)._allgather_base(whole, chunk))
+def gather_fake(chunk: Tensor, ranks: int, group: str) -> Tensor:
+    return chunk.new_empty(ranks * chunk.shape[0])
+
+
+def gather_here(chunk: Tensor, ranks: int, group: str) -> Tensor:
+    """Not torch's functional all-gather: with that one gloo corrupts the heap (docs/reliability.md, Heap checks)."""
+    whole, sent, among = gather_fake(chunk, ranks, group), chunk.clone(), process_group(group)
+    register(whole, among._allgather_base(whole, sent), "the chunks of an all-gather", among)
     return whole
 
 
-direct(GATHER, _gather_here, GATHER, None)
+gather_exchange = define_start("gather_exchange(Tensor chunk, int ranks, str group) -> Tensor", gather_fake, gather_here, gather_here)
 
 
 def all_gathered(pending: Tensor, chunk: Tensor, ranks: int) -> Tensor:

@@ -38,6 +38,6 @@ def graphs_here() -> tuple[list[str], list[str]]:
 def test_nothing_of_an_attached_loss_is_exchanged_twice() -> None:
     for forward, backward in run_ranks(graphs_here, 2, timeout=200):
         assert sorted(forward) == sorted(
-            ["all_gather_into_tensor", "messages_exchange", "plan_sizes", "slots_exchange", "dispatch_exchange", "combine_exchange"]
+            ["gather_exchange", "messages_exchange", "plan_sizes", "slots_exchange", "dispatch_exchange", "combine_exchange"]
         )
         assert sorted(backward) == sorted(["dispatch_exchange", "combine_exchange", "return_exchange", "all_to_all_single"])

@@ -76,7 +76,7 @@ def test_a_clean_layer_is_reported_clean_with_its_exchanges_and_their_bytes() ->
             assert Path(each.syncs[0].place.rpartition(":")[0]).parts[-2:] in (("tests", "layers.py"), ("compile", "test_report.py"))
             forward = [sent.op for sent in each.collectives if sent.phase == "forward"]
             assert sorted(forward) == sorted(
-                ["messages_exchange", "slots_exchange", "dispatch_exchange", "combine_exchange", "all_gather_into_tensor"]
+                ["messages_exchange", "slots_exchange", "dispatch_exchange", "combine_exchange", "gather_exchange"]
             )
             backward = [sent.op for sent in each.collectives if sent.phase == "backward"]
             assert sorted(backward) == sorted(["dispatch_exchange", "combine_exchange", "return_exchange"])

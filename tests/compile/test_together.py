@@ -264,7 +264,7 @@ def dtensor_here() -> list[list[str]]:
 
 @pytest.mark.exhaustive
 def test_experts_as_dtensors_are_the_plain_ones_and_send_nothing_more() -> None:
-    forward = ["all_gather_into_tensor", "combine_exchange", "dispatch_exchange", "messages_exchange", "plan_sizes", "slots_exchange"]
+    forward = ["combine_exchange", "dispatch_exchange", "gather_exchange", "messages_exchange", "plan_sizes", "slots_exchange"]
     backward = ["all_to_all_single", "combine_exchange", "dispatch_exchange", "return_exchange"]
     for graphs in run_ranks(dtensor_here, 2, timeout=400):
         assert graphs == [forward, backward]

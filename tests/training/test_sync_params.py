@@ -200,7 +200,7 @@ def test_the_graph_is_the_same_on_every_rank() -> None:
     wait = "_c10d_functional.wait_tensor"
     assert calls == [
         ["moecomm.start_broadcast", wait, "moecomm.split_copy"],
-        [f"_c10d_functional.{A2A}", wait, "moecomm.rank_sum", f"_c10d_functional.{GATHER}", wait, "moecomm.split_copy"],
+        [f"_c10d_functional.{A2A}", wait, "moecomm.rank_sum", "moecomm.gather_exchange", wait, "moecomm.split_copy"],
     ]
 
 

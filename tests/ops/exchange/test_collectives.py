@@ -7,8 +7,10 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.library import opcheck
 
 from moecomm.ops.exchange import collectives
+from tests.ops.cases import IN_FLIGHT
 from tests.spawn import run_ranks
 
 
@@ -33,8 +35,13 @@ def gathered_here() -> None:
                 pending = collectives.start_all_gather(each[rank], ranks, dist.group.WORLD.group_name)
                 assert torch.equal(collectives.all_gathered(pending, each[rank], ranks), torch.cat(each))
             assert group.asked == ["_allgather_base"]
+            opcheck(
+                collectives.gather_exchange,
+                (each[rank].reshape(-1).view(torch.uint8), ranks, dist.group.WORLD.group_name),
+                test_utils=IN_FLIGHT,
+            )
 
 
-def test_an_all_gather_of_eager_code_on_cpus_is_not_the_functional_one_which_corrupts_gloos_heap() -> None:
+def test_an_all_gather_is_not_torchs_functional_one_which_corrupts_gloos_heap() -> None:
     for ranks in (1, 2):
         run_ranks(gathered_here, ranks)
