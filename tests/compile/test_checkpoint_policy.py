@@ -117,7 +117,7 @@ def compiled_here(dtype: torch.dtype) -> list[list[list[str]]]:
     return told
 
 
-FORWARD = ["messages_exchange", "plan_sizes", "slots_exchange", "dispatch_exchange", "combine_exchange", "all_gather_into_tensor"]
+FORWARD = ["messages_exchange", "plan_sizes", "slots_exchange", "dispatch_exchange", "combine_exchange", "gather_exchange"]
 BACKWARD = ["all_to_all_single", "dispatch_exchange", "combine_exchange", "return_exchange"]
 
 
