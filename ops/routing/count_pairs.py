@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.ops.base.library import define, jit, tl, tokens_a_block
+from moecomm.ops.base.library import define, inlined, jit, tl, tokens_a_block
 from moecomm.ops.base.signature import NOT_FINITE, PAIRS, SIGNATURE, SLOTS
 
 KEYS = "rank_keys(Tensor experts, int num_experts, int ranks, Tensor? placed=None) -> Tensor"
@@ -121,6 +121,19 @@ def _count_kernel(
             tl.store(row + 3 + 2 * p, tl.sum(tl.sum((rank == p).to(tl.int64), axis=1), axis=0))
 
 
+@inlined
+def store_message(out, pairs, slots, lowest, highest, tokens, signature):
+    """The words of a message, in the order of `signature.py`; 0 for weights that are not finite, which torch counts."""
+    tl.store(out, pairs)
+    tl.store(out + 1, slots)
+    tl.store(out + 2, lowest)
+    tl.store(out + 3, highest)
+    tl.store(out + 4, tokens)
+    tl.store(out + 5, 0)
+    for i in tl.static_range(len(signature)):
+        tl.store(out + 6 + i, signature[i])
+
+
 @jit(varies=("blocks", "tokens"))
 def _message_kernel(counts, message, blocks, tokens, num_experts, ranks, signature, BLOCK: tl.constexpr):
     """The message to one rank: the sums over the blocks of tokens, and the numbers that are the same for all ranks."""
@@ -134,15 +147,8 @@ def _message_kernel(counts, message, blocks, tokens, num_experts, ranks, signatu
         highest = tl.maximum(highest, tl.load(row + 1, mask=inside, other=-1))
         pairs += tl.load(row + 2 + 2 * p, mask=inside, other=0)
         slots += tl.load(row + 3 + 2 * p, mask=inside, other=0)
-    out = message + p * (6 + len(signature))
-    tl.store(out, tl.sum(pairs, axis=0))
-    tl.store(out + 1, tl.sum(slots, axis=0))
-    tl.store(out + 2, tl.where(blocks == 0, -1, tl.min(lowest, axis=0)))
-    tl.store(out + 3, tl.max(highest, axis=0))
-    tl.store(out + 4, tokens)
-    tl.store(out + 5, 0)
-    for i in tl.static_range(len(signature)):
-        tl.store(out + 6 + i, signature[i])
+    out, least = message + p * (6 + len(signature)), tl.where(blocks == 0, -1, tl.min(lowest, axis=0))
+    store_message(out, tl.sum(pairs, axis=0), tl.sum(slots, axis=0), least, tl.max(highest, axis=0), tokens, signature)
 
 
 def count_triton(

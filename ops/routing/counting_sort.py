@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from moecomm.errors import wrong_value
 from moecomm.ops.base.library import block_of, define, inlined, jit, tl
+from moecomm.ops.routing.count_pairs import store_message
 
 SORT = "counting_sort(Tensor keys, int bins, SymInt size, bool padded=False, int align=1) -> (Tensor, Tensor, Tensor)"
 BOUNDED = "bounded_sort(Tensor keys, int bins, SymInt most) -> (Tensor, Tensor)"
@@ -148,14 +149,8 @@ def _scan_kernel(
             if NAMED == 1:
                 tl.store(dropped, tl.sum(lost, axis=0).to(tl.int32))
             else:
-                tl.store(message, 0)
-                tl.store(message + 1, size - tl.sum(outside, axis=0))
-                tl.store(message + 2, tl.where(size == 0, -1, tl.min(lowest, axis=0)))
-                tl.store(message + 3, tl.max(highest, axis=0))
-                tl.store(message + 4, tokens)
-                tl.store(message + 5, 0)
-                for word in tl.static_range(len(signature)):
-                    tl.store(message + 6 + word, signature[word])
+                least = tl.where(size == 0, -1, tl.min(lowest, axis=0))
+                store_message(message, 0, size - tl.sum(outside, axis=0), least, tl.max(highest, axis=0), tokens, signature)
 
 
 @jit
